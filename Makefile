@@ -1,0 +1,33 @@
+# The five commands to remember: install, demo, test, lint, bench.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# class folders of your own photographs; empty: the photographs inside the scikit-image wheel
+DATA ?=
+
+.PHONY: install demo test lint bench
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	# opencv-python needs the desktop's libGL; where a bare machine has none, the same code without windows
+	$(BIN)/python -c 'import cv2' 2>/dev/null || { \
+	  $(BIN)/python -m pip uninstall --yes opencv-python && \
+	  $(BIN)/python -m pip install --constraint constraints.txt opencv-python-headless; }
+	touch $@
+
+demo: install
+	$(BIN)/python tools/demo.py $(if $(DATA),'$(DATA)')
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python tools/benchmark.py $(if $(DATA),'$(DATA)')
