@@ -1,0 +1,89 @@
+"""What DALI's external_source asks for: records, labels and the plan's numbers of one batch.
+
+Runs in light worker processes of its own, so nothing here imports torch. Both feeds are pure functions of
+the batch number, which is all that DALI hands to a worker.
+https://docs.nvidia.com/deeplearning/dali/user-guide/docs/examples/general/data_loading/parallel_external_source.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.plan import Plan, rank_slice
+from pipeline.shards import ShardReader
+
+# one batch of n samples: n records (encoded bytes, or HWC RGB uint8 of raw shards), and arrays over n of
+# label int64 (n,), anchor int32 (n, 2), flip int32 (n,), shift float32 (n, 3) in levels of 0..255
+FeedBatch = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _read(reader: ShardReader, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    records, labels = zip(*(reader.read(int(i)) for i in samples), strict=True)
+    return list(records), np.array(labels, dtype=np.int64)
+
+
+@dataclass
+class TrainFeed:
+    """This rank's share of every global batch from `first_step` on, across epochs without a pause.
+
+    Steps are counted from the start of training: step // steps_per_epoch is the epoch. Ends before `end_step`.
+    `color_basis`: (3, 3) float32, columns 255 * p_i * lambda_i (paper 4.1): the shift is basis @ (a1, a2, a3).
+    """
+
+    reader: ShardReader
+    plan: Plan
+    color_basis: np.ndarray
+    rank: int
+    world_size: int
+    first_step: int
+    end_step: int
+
+    def samples(self, iteration: int) -> np.ndarray:
+        """Data set indices of the iteration's batch, (n,) uint32."""
+        epoch, step = divmod(self.first_step + iteration, self.plan.steps_per_epoch)
+        return self.plan.samples(epoch, step)[rank_slice(self.plan.global_batch, self.rank, self.world_size)]
+
+    def __call__(self, info: Any) -> FeedBatch:
+        if self.first_step + info.iteration >= self.end_step:
+            raise StopIteration
+        records, labels = _read(self.reader, self.samples(info.iteration))
+        epoch, step = divmod(self.first_step + info.iteration, self.plan.steps_per_epoch)
+        mine = rank_slice(self.plan.global_batch, self.rank, self.world_size)
+        anchor, flip, color = (values[mine] for values in self.plan.views(epoch, step))
+        shift = color @ self.color_basis.T.astype(np.float32)
+        return records, labels, anchor, flip, shift
+
+
+@dataclass
+class EvalFeed:
+    """This rank's share of the whole set in order, every image exactly once; the last batch may be smaller."""
+
+    reader: ShardReader
+    batch: int
+    size: int
+    crop: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        share = rank_slice(len(self.reader), self.rank, self.world_size)
+        self.indices = np.arange(share.start, share.stop)
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch)
+
+    def samples(self, iteration: int) -> np.ndarray:
+        """Data set indices of the iteration's batch, (n,)."""
+        return self.indices[iteration * self.batch : (iteration + 1) * self.batch]
+
+    def __call__(self, info: Any) -> FeedBatch:
+        samples = self.samples(info.iteration)
+        if not len(samples):
+            raise StopIteration
+        records, labels = _read(self.reader, samples)
+        n = len(samples)
+        center = np.full((n, 2), (self.size - self.crop) // 2, dtype=np.int32)
+        return records, labels, center, np.zeros(n, np.int32), np.zeros((n, 3), np.float32)

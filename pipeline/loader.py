@@ -1,0 +1,269 @@
+"""The DALI graph, one definition for 'cpu' and 'gpu', and its torch iterator.
+
+Order of work (paper, sections 2 and 4.1): decode, crop, mirror, add the colour shift, subtract the mean.
+Output is NHWC, handed to torch through dlpack and permuted: a channels-last (N, 3, H, W) tensor, no copy.
+https://docs.nvidia.com/deeplearning/dali/user-guide/docs/operations/nvidia.dali.fn.crop_mirror_normalize.html
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+
+from pipeline import DataError
+from pipeline.feed import EvalFeed, TrainFeed
+from pipeline.plan import Plan
+from pipeline.prepare import decode
+from pipeline.shards import Manifest, ShardReader
+
+MEANS = ("pixel", "channel", "none")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """All that turns a stored record into the network's input; kept in every checkpoint.
+
+    `mean`: (size, size, 3) float32 RGB, levels of 0..255, what is subtracted at every position of the stored
+    image; constant over positions for the channel mean, zero for none. `color_basis`: (3, 3) float32,
+    columns 255 * p_i * lambda_i of the training set (paper 4.1; eigenvalues for pixels scaled to 0..1).
+    """
+
+    size: int
+    crop: int
+    mean_mode: str
+    mean: np.ndarray
+    color_basis: np.ndarray
+
+    @classmethod
+    def load(cls, train_dir: Path, crop: int = 224, mean_mode: str = "pixel") -> Preprocess:
+        """From the statistics of a training split; raises DataError if they are missing or damaged."""
+        manifest = Manifest.load(train_dir)
+        if mean_mode == "pixel":
+            mean = manifest.load_mean(train_dir)
+        elif mean_mode in MEANS:
+            level = manifest.channel_mean if mean_mode == "channel" else (0, 0, 0)
+            mean = np.tile(np.float32(level), (manifest.size, manifest.size, 1))
+        else:
+            raise DataError(f"mean is {mean_mode!r}: use one of {', '.join(MEANS)}")
+        basis = 255 * np.array(manifest.pca_eigenvectors) * np.array(manifest.pca_eigenvalues)
+        return cls(manifest.size, crop, mean_mode, mean, basis.astype(np.float32))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and tensors, fit for torch.load(weights_only=True)."""
+        state: dict[str, Any] = {"size": self.size, "crop": self.crop, "mean_mode": self.mean_mode}
+        return state | {"mean": torch.tensor(self.mean), "color_basis": torch.tensor(self.color_basis)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Preprocess:
+        return cls(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in state.items()})
+
+
+@pipeline_def(enable_conditionals=False)
+def graph(
+    feed: Any,
+    preprocess: Preprocess,
+    device: str,
+    raw: bool = False,
+    ten_crops: bool = False,
+    half: bool = False,
+    parallel: bool = True,
+) -> Any:
+    """Images (H, W, 3), or (10, H, W, 3) with `ten_crops`, float32 (float16 with `half`), and int64 labels.
+
+    `device` 'gpu' decodes with nvJPEG ('mixed') and computes on the GPU. `raw` records are HWC pixels.
+    """
+    gpu, size, crop = device == "gpu", preprocess.size, preprocess.crop
+    record, label, anchor, flip, shift = fn.external_source(
+        feed,
+        num_outputs=5,
+        batch=True,
+        batch_info=True,
+        parallel=parallel,
+        # two batches ahead: a slow read does not stall the graph
+        **({"prefetch_queue_depth": 2} if parallel else {}),
+        dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT],
+        ndim=[3 if raw else 1, 0, 1, 0, 1],
+    )
+    window = types.Constant(np.int32([crop, crop]), device="cpu")
+    absolute = {"axes": [0, 1], "normalized_anchor": False, "normalized_shape": False}
+    decoder: dict[str, Any] = {"device": "cpu", "output_type": types.RGB}
+    if gpu:
+        decoder["device"] = "mixed"
+        # most of the work to the JPEG engine where there is one, and no allocation after the first batch
+        decoder |= {
+            "hw_decoder_load": 0.9,
+            "preallocate_width_hint": size,
+            "preallocate_height_hint": size,
+        }
+
+    mean_image = types.Constant(preprocess.mean, device=device, layout="HWC")
+    per_pixel = preprocess.mean_mode == "pixel"
+    channel_mean = np.zeros(3, np.float32) if per_pixel else preprocess.mean[0, 0]
+
+    def normalized(image: Any, anchor: Any, flip: Any) -> Any:
+        """Mirror, colour, mean of an image already cropped at `anchor`."""
+        out = fn.crop_mirror_normalize(
+            image,
+            mirror=flip,
+            # the shift is added to every pixel alike, so it costs nothing as part of the mean
+            mean=types.Constant(channel_mean, device="cpu") - shift,
+            std=[1.0, 1.0, 1.0],
+            dtype=types.FLOAT if per_pixel or not half else types.FLOAT16,
+            output_layout="HWC",
+        )
+        if per_pixel:
+            # the mean belongs to positions of the stored image: it is cropped and mirrored alike
+            mean = fn.slice(mean_image, anchor, window, **absolute)
+            out = out - fn.flip(mean, horizontal=flip)
+            out = fn.cast(out, dtype=types.FLOAT16) if half else out
+        return out
+
+    if ten_crops:  # paper 4.1: the four corners and the centre, then all five mirrored
+        image = (record.gpu() if gpu else record) if raw else fn.decoders.image(record, **decoder)
+        edge = size - crop
+        corners = [(0, 0), (0, edge), (edge, 0), (edge, edge), (edge // 2, edge // 2)]
+        views = []
+        for mirrored in (0, 1):
+            for corner in corners:
+                at = types.Constant(np.int32(corner), device="cpu")
+                patch = fn.slice(image, at, window, **absolute)
+                views.append(normalized(fn.reshape(patch, layout="HWC"), at, mirrored))
+        images = fn.stack(*views)
+    else:
+        if raw:
+            image = fn.slice(record.gpu() if gpu else record, anchor, window, **absolute)
+        else:
+            # decodes no more than the crop; equal to decoding all and cropping, bit for bit on the CPU
+            image = fn.decoders.image_slice(record, anchor, window, **decoder, **absolute)
+        images = normalized(fn.reshape(image, layout="HWC") if raw else image, anchor, flip)
+    return images, label.gpu() if gpu else label
+
+
+def cpu_threads(ranks_here: int = 1) -> int:
+    """This process's share of the cores it may use."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+class Loader:
+    """Iterates over (images, labels): (N, 3, crop, crop) float32 or float16 channels-last, int64 (N,).
+
+    With `ten_crops` images are (N, 10, 3, crop, crop). `device`: 'cpu', or 'gpu' with its `device_id`.
+    `workers` processes read the shards; 0 reads in this process. Batches are on `device`. Tensors stay valid
+    as long as they are held. A training loader ends at its feed's end_step; an evaluation loader can be
+    iterated over again. Raises DataError that names the shard and key of a record that does not decode.
+    """
+
+    def __init__(
+        self,
+        feed: TrainFeed | EvalFeed,
+        preprocess: Preprocess,
+        batch: int,
+        *,
+        device: str = "cpu",
+        device_id: int | None = None,
+        threads: int | None = None,
+        workers: int = 1,
+        prefetch: int = 2,
+        ten_crops: bool = False,
+        half: bool = False,
+    ) -> None:
+        self.feed = feed
+        self.preprocess = preprocess
+        self._iteration = 0
+        self._device = device
+        self._pipe: Pipeline = graph(
+            feed,
+            preprocess,
+            device,
+            raw=feed.reader.manifest.encoding == "raw",
+            ten_crops=ten_crops,
+            half=half,
+            parallel=workers > 0,
+            batch_size=batch,
+            num_threads=threads or cpu_threads(),
+            device_id=device_id,
+            prefetch_queue_depth=prefetch,
+            py_num_workers=max(1, workers),
+            py_start_method="spawn",  # fork would copy a process that holds CUDA and OpenMP threads
+            exec_dynamic=True,  # outputs are new buffers, kept as long as torch holds them: no copy
+        )
+        self._pipe.build()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            if self._device == "gpu":
+                images, labels = self._pipe.run(torch.cuda.current_stream())
+            else:
+                images, labels = self._pipe.run()
+        except StopIteration:
+            self._pipe.reset()
+            self._iteration = 0
+            raise
+        except RuntimeError as error:
+            raise self._explain(error) from error
+        self._iteration += 1
+        nhwc = torch.from_dlpack(images.as_tensor())
+        return nhwc.movedim(-1, -3), torch.from_dlpack(labels.as_tensor())
+
+    def _explain(self, error: RuntimeError) -> DataError:
+        """Which record broke the batch: DALI's message names none."""
+        reader = self.feed.reader
+        size = reader.manifest.size
+        for index in map(int, self.feed.samples(self._iteration)):
+            try:
+                record, _ = reader.read(index)
+            except DataError as unreadable:
+                return unreadable
+            if record.ndim == 1 and decode(record, size) is None:
+                shard, key = reader.locate(index)
+                return DataError(
+                    f"shard {shard}, key {key.decode()}: the record does not decode to {size}x{size} RGB; "
+                    "run tools/verify_lmdb.py, then build the data set again"
+                )
+        return DataError(f"the DALI pipeline failed: {str(error).strip().splitlines()[0]}")
+
+    def close(self) -> None:
+        """Stops the reader processes and frees their shared memory."""
+        del self._pipe
+
+
+def train_loader(
+    reader: ShardReader,
+    plan: Plan,
+    preprocess: Preprocess,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    first_step: int = 0,
+    end_step: int,
+    **options: Any,
+) -> Loader:
+    """The plan's stream of batches for one rank, from `first_step` (counted from the start) to `end_step`."""
+    feed = TrainFeed(
+        reader, plan, preprocess.color_basis, rank, world_size, first_step=first_step, end_step=end_step
+    )
+    return Loader(feed, preprocess, plan.global_batch // world_size, **options)
+
+
+def eval_loader(
+    reader: ShardReader,
+    preprocess: Preprocess,
+    batch: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
+) -> Loader:
+    """One rank's share of a whole set, every image once, centre crop (or ten crops); last batch may be smaller."""
+    feed = EvalFeed(reader, batch, preprocess.size, preprocess.crop, rank, world_size)
+    return Loader(feed, preprocess, batch, **options)
