@@ -1,0 +1,137 @@
+"""Ranks: one process a device, started here or by torchrun, and what they share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model import ModelError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all of them."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    gpu: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if self.gpu else torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes logs and checkpoints."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; every rank must ask together."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: bool) -> None:
+    """Run `work(ranks, config)` on `ranks` processes of this machine, or as one rank of torchrun's.
+
+    Exits with the code of the first rank that fails. SIGINT and SIGTERM reach every rank, which decide
+    themselves when to stop.
+    """
+    if under_torchrun():
+        place = Ranks(
+            *(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")), gpu
+        )
+        _as_rank(place, "env://", work, config)
+    elif ranks == 1:
+        work(Ranks(gpu=gpu), config)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        context = mp.spawn(_spawned, (ranks, gpu, address, work, config), nprocs=ranks, join=False)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the ranks as well
+        signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in context.processes])
+        try:
+            while not context.join():
+                pass
+        except mp.ProcessExitedException as failed:
+            # the rank has said why; a traceback of the launcher would bury it
+            sys.exit(failed.exit_code if failed.exit_code > 0 else 128 - failed.exit_code)
+
+
+def _spawned(rank: int, world: int, gpu: bool, address: str, work: Callable[..., None], config: Any) -> None:
+    from click import ClickException
+
+    try:
+        _as_rank(Ranks(rank, world, rank, world, gpu), address, work, config)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+
+
+def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: Any) -> None:
+    if ranks.gpu:
+        torch.cuda.set_device(ranks.device)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    dist.init_process_group(
+        "nccl" if ranks.gpu else "gloo",
+        init_method=init_method,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=ranks.device if ranks.gpu else None,
+    )
+    try:
+        work(ranks, config)
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Data parallel over all ranks: the same weights everywhere, gradients averaged."""
+    if ranks.world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[ranks.local_rank] if ranks.gpu else None,
+        broadcast_buffers=False,  # every rank derives its own (dropout position)
+        gradient_as_bucket_view=True,
+        static_graph=True,
+    )
+
+
+def count_gpus(wanted: int | None) -> int:
+    """How many GPUs to use: all there are if `wanted` is None; raises ModelError if there are fewer."""
+    present = torch.cuda.device_count()
+    if wanted is None:
+        return present
+    if wanted > present:
+        raise ModelError(
+            f"--gpus {wanted} asked for, {present} found: use --gpus {present}"
+            + (" (the CPU)" if present == 0 else "")
+        )
+    return wanted

@@ -1,0 +1,120 @@
+"""How the network is trained: initialisation, optimiser, learning-rate schedule (paper, section 5)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from model import ModelError
+
+INITS = ("paper", "he", "torch")
+SCHEDULES = ("plateau", "step", "cosine")
+DEFAULT_INIT = {"paper": "paper", "owt": "torch", "bn": "he"}
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, scheme: str = "paper", seed: int = 0) -> None:
+    """Draw all weights anew, the same for the same seed on every device and rank.
+
+    'paper' (section 5): weights N(0, 0.01); biases 1 in the second, fourth and fifth convolution and in the
+    hidden fully connected layers, else 0. 'he': N(0, 2 / fan_in) (He et al. 2015) with zero biases, and
+    N(0, 0.01) in the last layer. 'torch': the layers' own defaults, as in torchvision's alexnet.
+    """
+    if scheme not in INITS:
+        raise ModelError(f"init is {scheme!r}: use one of {', '.join(INITS)}")
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    convolutions = [m for m in layers if isinstance(m, nn.Conv2d)]
+    hidden = [m for m in layers if isinstance(m, nn.Linear)][:-1]
+    ones = {id(m) for i, m in enumerate(convolutions) if i in (1, 3, 4)} | {id(m) for m in hidden}
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(seed)
+        for layer in layers:
+            if scheme == "torch":
+                layer.reset_parameters()
+                continue
+            fan_in = layer.weight[0].numel()
+            std = 0.01 if scheme == "paper" or layer is layers[-1] else math.sqrt(2 / fan_in)
+            layer.weight.normal_(0, std)
+            if layer.bias is not None:
+                layer.bias.fill_(1.0 if scheme == "paper" and id(layer) in ones else 0.0)
+
+
+def build_optimizer(
+    model: nn.Module, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 5e-4
+) -> torch.optim.SGD:
+    """SGD as in the paper's update rule, weight decay on weights only (not on biases and norms).
+
+    torch's SGD keeps u = -v / lr where the paper keeps v = 0.9 v - 0.0005 lr w - lr g; the two are the same
+    as long as lr stays, and `set_lr` makes them the same when it changes.
+    """
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+
+
+@torch.no_grad()
+def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
+    """Change the learning rate and keep the paper's velocity v, which lives in units of the old rate."""
+    for group in optimizer.param_groups:
+        old, group["lr"] = group["lr"], lr
+        if old == lr or lr == 0:
+            continue
+        for parameter in group["params"]:
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:
+                buffer.mul_(old / lr)
+
+
+class Schedule:
+    """The learning rate at each step, counted from the start of training.
+
+    'plateau' (paper): divided by 10 whenever the validation error has not improved for `patience` epochs.
+    'step': divided by 10 every third of `epochs`. 'cosine': to zero at the end. All rise linearly from zero
+    over the first `warmup_epochs`.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        lr: float,
+        epochs: int,
+        steps_per_epoch: int,
+        warmup_epochs: float = 0,
+        patience: int = 5,
+    ) -> None:
+        if kind not in SCHEDULES:
+            raise ModelError(f"schedule is {kind!r}: use one of {', '.join(SCHEDULES)}")
+        self.kind, self.base_lr, self.patience = kind, lr, patience
+        self.total, self.warmup = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
+        self.steps_per_epoch = steps_per_epoch
+        self.drops, self.best, self.bad_epochs = 0, math.inf, 0
+
+    def lr(self, step: int) -> float:
+        """The rate of step `step`."""
+        if step < self.warmup:
+            return self.base_lr * ((step + 1) / self.warmup)
+        if self.kind == "plateau":
+            return self.base_lr * 0.1**self.drops
+        done = (step - self.warmup) / max(1, self.total - self.warmup)
+        if self.kind == "cosine":
+            return self.base_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.base_lr * 0.1 ** min(2, int(3 * step / max(1, self.total)))
+
+    def validated(self, error: float) -> None:
+        """To be told the validation error after each epoch."""
+        if error < self.best:
+            self.best, self.bad_epochs = error, 0
+        else:
+            self.bad_epochs += 1
+            if self.bad_epochs >= self.patience:
+                self.drops, self.bad_epochs = self.drops + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drops": self.drops, "best": self.best, "bad_epochs": self.bad_epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drops, self.best, self.bad_epochs = state["drops"], state["best"], state["bad_epochs"]
