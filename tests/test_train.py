@@ -1,0 +1,180 @@
+"""train.py as a user runs it: learns, resumes bit for bit, and says in one line what is wrong."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import Checkpoints, load
+
+ROOT = Path(__file__).parent.parent
+# one small, quick network: images of 67 pixels' crop pass all three pools
+SMALL = ["--gpus", "0", "--crop", "96", "--global-batch", "16", "--workers", "0", "--log-every", "2"]
+SMALL += ["--no-progress", "--no-tensorboard", "--decode-threads", "1"]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def run(*arguments, code=0):
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def newest(out):
+    return Checkpoints(Path(out)).newest()
+
+
+def same_weights(a, b):
+    assert a["model"].keys() == b["model"].keys()
+    return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """An uninterrupted run of two epochs."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run("--data", dataset, "--out", out, "--epochs", 2, *SMALL)
+    return out
+
+
+def test_a_run_leaves_checkpoints_log_metrics_and_config(whole, dataset):
+    steps = json.loads((dataset / "train" / "manifest.json").read_text())["count"] // 16
+    val_count = json.loads((dataset / "val" / "manifest.json").read_text())["count"]
+    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in log if e["kind"] == "val"] == [steps, 2 * steps]
+    assert all(e["count"] == val_count for e in log if e["kind"] == "val")
+    rows = list(csv.DictReader((whole / "metrics.csv").open()))
+    assert [int(r["step"]) for r in rows] == [steps, 2 * steps]
+    assert all(0 <= float(r["data_wait"]) <= 1 and float(r["images_per_s"]) > 0 for r in rows)
+    state = newest(whole)
+    assert (state["epoch"], state["step"], state["seed"], state["variant"]) == (2, 2 * steps, 0, "paper")
+    assert json.loads((whole / "config.json").read_text())["global_batch"] == 16
+
+
+def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path):
+    out = tmp_path / "stopped"
+    arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (out / "log.jsonl").exists():
+        time.sleep(0.02)
+    while time.monotonic() < deadline and not (out / "log.jsonl").read_text():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in said
+    stopped = newest(out)
+    assert 0 < stopped["step"] < newest(whole)["step"]
+    run(*arguments, "--resume")
+    assert newest(out)["step"] == newest(whole)["step"]
+    assert same_weights(newest(out), newest(whole))
+    strip = re.compile(r'"(images_per_s|data_wait)": [^,}]+')
+    vals = [
+        [strip.sub("", x) for x in (o / "log.jsonl").read_text().splitlines() if "val" in x]
+        for o in (out, whole)
+    ]
+    assert vals[0] == vals[1]
+
+
+def test_two_ranks_follow_the_same_curve_as_one(whole, dataset, tmp_path):
+    run("--data", dataset, "--out", tmp_path / "two", "--epochs", 2, "--cpu-ranks", 2, "--amp", "off", *SMALL)
+    run("--data", dataset, "--out", tmp_path / "one", "--epochs", 2, "--amp", "off", *SMALL)
+    one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
+    for key in one["model"]:
+        torch.testing.assert_close(one["model"][key], two["model"][key], atol=1e-5, rtol=1e-3)
+
+
+def test_accumulating_gives_the_same_step(dataset, tmp_path):
+    run("--data", dataset, "--out", tmp_path / "a", "--epochs", 1, "--amp", "off", *SMALL)
+    run("--data", dataset, "--out", tmp_path / "b", "--epochs", 1, "--amp", "off", "--accumulate", 4, *SMALL)
+    one, four = newest(tmp_path / "a"), newest(tmp_path / "b")
+    for key in one["model"]:
+        torch.testing.assert_close(one["model"][key], four["model"][key], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["owt", "bn"])
+def test_the_other_variants_train(dataset, tmp_path, variant):
+    run("--data", dataset, "--out", tmp_path / variant, "--epochs", 1, "--variant", variant, *SMALL)
+    assert newest(tmp_path / variant)["variant"] == variant
+
+
+def one_line_error(done):
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
+    data = ["--data", dataset]
+    error = one_line_error(run("--data", tmp_path / "none", *SMALL, code=1))
+    assert "no data set" in error and "build_lmdb.py" in error
+    error = one_line_error(run(*data, "--out", whole, *SMALL, code=1))
+    assert "--resume" in error and str(whole) in error
+    error = one_line_error(run(*data, "--out", whole, "--resume", "--variant", "bn", *SMALL, code=1))
+    assert "variant paper, not bn" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "new", "--resume", *SMALL, code=1))
+    assert "no checkpoint" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "b", *SMALL, "--global-batch", 4096, code=1))
+    assert "fewer than one global batch" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, "--cpu-ranks", 3, code=2))
+    assert "does not divide" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "d", *SMALL, "--gpus", 99, code=1))
+    assert "99" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "e", *SMALL, "--crop", 20, code=1))
+    assert "20" in error
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(whole, dataset, tmp_path):
+    damaged = tmp_path / "run"
+    damaged.mkdir()
+    newest_path = Checkpoints(whole).paths()[0]
+    content = bytearray(newest_path.read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / newest_path.name).write_bytes(content)
+    error = one_line_error(run("--data", dataset, "--out", damaged, "--resume", *SMALL, code=1))
+    assert newest_path.name in error and "damaged" in error
+
+
+def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
+    done = run("--data", dataset, "--out", tmp_path / "r", "--epochs", 9, *SMALL, "--lr", "1e30", code=1)
+    assert "diverged" in one_line_error(done)
+
+
+@pytest.mark.gpu
+def test_the_default_command_trains_on_all_gpus(dataset, tmp_path):
+    arguments = ["--global-batch", "16", "--log-every", "2", "--no-progress", "--epochs", "1"]
+    run("--data", dataset, "--out", tmp_path / "g", *arguments)
+    assert newest(tmp_path / "g")["step"] > 0
+    assert load(tmp_path / "g" / "best.pt")["best"] >= 0
+
+
+def test_no_process_outlives_a_run(dataset, tmp_path):
+    process = subprocess.Popen(
+        command("--data", dataset, "--out", tmp_path / "k", "--epochs", 50, *SMALL[:-2], "--workers", "1"),
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "k" / "log.jsonl").exists():
+        time.sleep(0.05)
+    process.kill()  # no chance to tidy up: DALI's readers must notice by themselves
+    process.wait()
+    for _ in range(100):
+        left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+    assert not any(str(process.pid) in name for name in os.listdir("/dev/shm"))

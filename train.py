@@ -1,0 +1,419 @@
+"""Train AlexNet on LMDB shards: one command, one loop, read it from top to bottom.
+
+python train.py                      data/imagenet, all GPUs, the paper's recipe
+python train.py --gpus 0 --data D    on the CPU
+torchrun --nproc-per-node 8 train.py on the launcher's ranks
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from model import ModelError, recipe
+from model.alexnet import VARIANTS, AlexNet
+from model.checkpoint import Checkpoints
+from model.evaluation import evaluate
+from model.parallel import Ranks, count_gpus, distribute, launch, under_torchrun
+from pipeline import DataError
+from pipeline.loader import MEANS, Preprocess, cpu_threads, eval_loader, train_loader
+from pipeline.plan import AUGMENTATIONS, Plan
+from pipeline.shards import ShardReader
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
+
+
+def option(*names: str, **kwargs: Any) -> Any:
+    return click.option(*names, show_default=kwargs.pop("show_default", True), **kwargs)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@option(
+    "--data", type=click.Path(path_type=Path), default=Path("data/imagenet"), help="Holds train/ and val/."
+)
+@option("--out", type=click.Path(path_type=Path), default=None, show_default="runs/VARIANT", help="The run.")
+@option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, exactly.")
+@option("--gpus", type=click.IntRange(0), default=None, show_default="all there are", help="0 is the CPU.")
+@option("--cpu-ranks", type=click.IntRange(1), default=1, help="Processes on the CPU (with --gpus 0).")
+@option("--variant", type=click.Choice(list(VARIANTS)), default="paper")
+@option("--epochs", type=click.IntRange(1), default=90)
+@option("--global-batch", type=click.IntRange(1), default=128, help="Images a step, over all ranks.")
+@option(
+    "--accumulate", type=click.IntRange(1), default=1, help="Parts that each rank's batch is computed in."
+)
+@option("--lr", type=click.FloatRange(0, min_open=True), default=0.01)
+@option("--schedule", type=click.Choice(recipe.SCHEDULES), default="plateau")
+@option(
+    "--patience", type=click.IntRange(1), default=5, help="Epochs without progress until lr / 10 (plateau)."
+)
+@option("--warmup-epochs", type=click.FloatRange(0), default=0.0)
+@option("--momentum", type=click.FloatRange(0, 1, max_open=True), default=0.9)
+@option("--weight-decay", type=click.FloatRange(0), default=5e-4)
+@option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.5)
+@option("--init", type=click.Choice(recipe.INITS), default=None, show_default="the variant's")
+@option("--mean", type=click.Choice(MEANS), default="pixel", help="What is subtracted from the pixels.")
+@option(
+    "--augment", type=click.Choice(AUGMENTATIONS), default="all", help="Random crops, flips, both or none."
+)
+@option("--color-std", type=click.FloatRange(0), default=0.1, help="Of the PCA colour shift; 0 turns it off.")
+@option("--crop", type=click.IntRange(1), default=224)
+@option("--amp", type=click.Choice(["auto", "bf16", "fp16", "off"]), default="auto", help="Mixed precision.")
+@option("--compile/--no-compile", "compiled", default=False, help="torch.compile the network.")
+@option("--seed", type=click.IntRange(0, 2**63 - 1), default=0)
+@option("--workers", type=click.IntRange(0), default=1, help="Processes a rank that read shards; 0: none.")
+@option(
+    "--decode-threads", type=click.IntRange(1), default=None, show_default="the rank's share of the cores"
+)
+@option("--keep", type=click.IntRange(1), default=3, help="Checkpoints to keep beside the best.")
+@option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints; 0: each epoch.")
+@option("--log-every", type=click.IntRange(1), default=20, help="Steps between log lines (and loss reads).")
+@option("--tensorboard/--no-tensorboard", default=True)
+@option("--progress/--no-progress", default=True)
+def main(**config: Any) -> None:
+    """Train AlexNet on LMDB shards made by tools/build_lmdb.py.
+
+    Writes to --out: checkpoint-STEP.pt and best.pt, config.json, log.jsonl, metrics.csv and TensorBoard
+    events. SIGINT or SIGTERM finish the step, save and exit with code 75; --resume goes on from there, in
+    mid-epoch if need be.
+    """
+    if under_torchrun():
+        gpus = 0 if config["gpus"] == 0 else torch.cuda.device_count()
+        ranks = int(os.environ["WORLD_SIZE"])
+    else:
+        gpus = count_gpus(config["gpus"])
+        ranks = gpus or config["cpu_ranks"]
+    if gpus and config["cpu_ranks"] > 1:
+        raise click.UsageError("--cpu-ranks goes with --gpus 0")
+    if config["global_batch"] % (ranks * config["accumulate"]):
+        raise click.UsageError(
+            f"--global-batch {config['global_batch']} does not divide into {ranks} ranks "
+            f"x --accumulate {config['accumulate']}"
+        )
+    config["out"] = config["out"] or Path("runs") / config["variant"]
+    config["init"] = config["init"] or recipe.DEFAULT_INIT[config["variant"]]
+    # whatever can be wrong with the data or the output is said once, before any rank starts
+    for split in ("train", "val"):
+        ShardReader(config["data"] / split).close()
+    if not config["resume"] and Checkpoints(config["out"]).paths():
+        raise ModelError(f"{config['out']} holds a run already: go on with --resume, or give another --out")
+    launch(train, config, ranks, gpu=gpus > 0)
+
+
+def train(ranks: Ranks, config: dict[str, Any]) -> None:
+    """One rank's whole training run."""
+    # ---- data
+    train_set, val_set = ShardReader(config["data"] / "train"), ShardReader(config["data"] / "val")
+    classes = train_set.manifest.classes
+    if [c["wnid"] for c in val_set.manifest.classes] != [c["wnid"] for c in classes]:
+        raise DataError(f"train and val in {config['data']} have different classes: build val again")
+    preprocess = Preprocess.load(config["data"] / "train", config["crop"], config["mean"])
+    batch = config["global_batch"] // ranks.world_size
+    plan = Plan(
+        count=len(train_set),
+        global_batch=config["global_batch"],
+        seed=config["seed"],
+        size=preprocess.size,
+        crop=preprocess.crop,
+        augment=config["augment"],
+        color_std=config["color_std"],
+    )
+    end_step = config["epochs"] * plan.steps_per_epoch
+
+    # ---- network, optimiser, schedule
+    if ranks.gpu:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    amp = amp_dtype(config["amp"], ranks.device)
+    network = AlexNet(len(classes), config["variant"], config["dropout"], image_size=config["crop"])
+    recipe.initialise(network, config["init"], config["seed"])
+    network.to(ranks.device, memory_format=torch.channels_last)
+    optimizer = recipe.build_optimizer(network, config["lr"], config["momentum"], config["weight_decay"])
+    schedule = recipe.Schedule(
+        config["schedule"],
+        config["lr"],
+        config["epochs"],
+        plan.steps_per_epoch,
+        config["warmup_epochs"],
+        config["patience"],
+    )
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=amp == torch.float16)
+    best = -1.0
+
+    # ---- where an earlier run stopped
+    checkpoints, step = Checkpoints(config["out"], config["keep"]), 0
+    # what the weights and the stream of samples depend on: a checkpoint of anything else is refused
+    identity = {
+        "variant": config["variant"],
+        "seed": config["seed"],
+        "global_batch": config["global_batch"],
+        "data": train_set.manifest.fingerprint,
+        "crop": config["crop"],
+        "mean": config["mean"],
+    }
+    if config["resume"]:
+        saved = checkpoints.newest()
+        for key, value in identity.items():
+            if saved["identity"].get(key) != value:
+                raise ModelError(
+                    f"the checkpoint in {config['out']} has {key} {saved['identity'].get(key)}, not {value}: "
+                    "resume with the options (and data) that the run began with"
+                )
+        network.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        scaler.load_state_dict(saved["scaler"])
+        step, best = saved["step"], saved["best"]
+        del saved
+
+    parallel = distribute(network, ranks)
+    forward = torch.compile(parallel) if config["compiled"] else parallel
+
+    loader_options = {
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "device": "gpu" if ranks.gpu else "cpu",
+        "device_id": ranks.local_rank if ranks.gpu else None,
+        "threads": config["decode_threads"] or cpu_threads(ranks.local_world_size),
+        "workers": config["workers"],
+        "half": ranks.gpu and amp is not None,
+    }
+    train_batches = train_loader(
+        train_set, plan, preprocess, first_step=step, end_step=end_step, **loader_options
+    )
+    val_batches = eval_loader(val_set, preprocess, max(1, min(batch, len(val_set))), **loader_options)
+
+    # ---- log: everything to log.jsonl, an epoch a row to metrics.csv
+    log = Log(config, ranks, step)
+    stop = StopRequest()
+
+    def save(is_best: bool = False) -> None:
+        if ranks.first:
+            state = {
+                "model": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "scaler": scaler.state_dict(),
+                "epoch": step // plan.steps_per_epoch,
+                "step": step,
+                "best": best,
+                "seed": config["seed"],
+                "variant": config["variant"],
+                "identity": identity,
+                "classes": classes,
+                "preprocess": preprocess.state_dict(),
+            }
+            checkpoints.save(state, best=is_best)
+
+    # ---- the loop
+    loss_sum = torch.zeros((), device=ranks.device)
+    window_start, window_step, waited = time.perf_counter(), step, 0.0
+    while step < end_step:
+        epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
+        log.bar(epoch, step_in_epoch, plan.steps_per_epoch)
+
+        before = time.perf_counter()
+        images, labels = next(train_batches)
+        waited += time.perf_counter() - before
+
+        recipe.set_lr(optimizer, schedule.lr(step))
+        dropout_key = plan.dropout_key(epoch, step_in_epoch)
+        first_row, part = ranks.rank * batch, batch // config["accumulate"]
+        optimizer.zero_grad(set_to_none=True)
+        for i in range(config["accumulate"]):
+            rows = slice(i * part, (i + 1) * part)
+            network.set_position(dropout_key, first_row + rows.start)
+            parallel.require_backward_grad_sync = i == config["accumulate"] - 1  # DDP: reduce once a step
+            with torch.autocast(ranks.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                loss = F.cross_entropy(forward(images[rows]).float(), labels[rows]) / config["accumulate"]
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        scaler.step(optimizer)
+        scaler.update()
+        step += 1
+
+        if step % config["log_every"] == 0 or step % plan.steps_per_epoch == 0:
+            # the only place where the host waits for the device
+            steps = step - window_step
+            mean_loss = ranks.sum(loss_sum).item() / steps / ranks.world_size
+            if not math.isfinite(mean_loss):
+                raise ModelError(
+                    f"the loss is {mean_loss} at step {step}: training has diverged; resume from the last "
+                    f"checkpoint in {config['out']} with a lower --lr, or with --amp off"
+                )
+            seconds = time.perf_counter() - window_start
+            log.write(
+                "train",
+                epoch=epoch,
+                step=step,
+                loss=mean_loss,
+                lr=optimizer.param_groups[0]["lr"],
+                images_per_s=steps * config["global_batch"] / seconds,
+                data_wait=waited / seconds,
+            )
+            loss_sum.zero_()
+            window_start, window_step, waited = time.perf_counter(), step, 0.0
+
+        if step % plan.steps_per_epoch == 0:
+            metrics = evaluate(network, val_batches, ranks, amp)
+            schedule.validated(1 - metrics["top1"])
+            is_best = metrics["top1"] > best
+            best = max(best, metrics["top1"])
+            log.write("val", epoch=epoch, step=step, **metrics)
+            save(is_best)
+            window_start = time.perf_counter()
+        elif config["save_every"] and step % config["save_every"] == 0:
+            save()
+        if ranks.any(stop.requested):
+            if step % plan.steps_per_epoch:
+                save()
+            log.say(f"stopped by a signal at step {step}, saved: go on with --resume")
+            log.close()
+            train_batches.close()
+            val_batches.close()
+            raise click.exceptions.Exit(EXIT_INTERRUPTED)
+    log.close()
+    train_batches.close()
+    val_batches.close()
+    log.say(f"best validation top-1 {best:.2%}; checkpoints, log and config are in {config['out']}")
+
+
+def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type: bfloat16 where the device computes it, float16 on older GPUs, None on older CPUs."""
+    if choice == "auto":
+        if device.type == "cuda":
+            choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            choice = "bf16" if has_bf16 else "off"
+    if choice == "fp16" and device.type == "cpu":
+        raise ModelError("--amp fp16 needs a GPU: use --amp bf16 or --amp off on the CPU")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+
+
+class StopRequest:
+    """Set by SIGINT or SIGTERM; a second signal kills as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, _frame: Any) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Log:
+    """log.jsonl, metrics.csv, TensorBoard and the progress bar; on other ranks than the first, nothing."""
+
+    FIELDS = ("epoch", "step", "loss", "lr", "images_per_s", "data_wait", "val_loss", "top1", "top5")
+
+    def __init__(self, config: dict[str, Any], ranks: Ranks, step: int) -> None:
+        self.on, self.progress = ranks.first, config["progress"]
+        self._bar: tqdm | None = None
+        self._last: dict[str, Any] = {}
+        if not self.on:
+            return
+        out: Path = config["out"]
+        out.mkdir(parents=True, exist_ok=True)
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
+        (out / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+        self.jsonl_path, self.csv_path = out / "log.jsonl", out / "metrics.csv"
+        self._forget_after(step)
+        self.jsonl = self.jsonl_path.open("a")
+        self.tensorboard = None
+        if config["tensorboard"]:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+
+    def _forget_after(self, step: int) -> None:
+        """A run that resumes repeats the steps after its checkpoint: their lines go, also a half-written one."""
+        kept: list[str] = []
+        rows: list[dict[str, Any]] = []
+        if step and self.jsonl_path.exists():
+            for line in self.jsonl_path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+                    rows += self._row(entry)
+        self.jsonl_path.write_text("".join(kept))
+        with self.csv_path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _row(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """The epoch's row of metrics.csv once its validation is known: last training line and validation."""
+        if entry["kind"] == "train":
+            self._last = entry
+            return []
+        row = {k: self._last.get(k) for k in self.FIELDS[:6]}
+        return [row | {"val_loss": entry["loss"], "top1": entry["top1"], "top5": entry["top5"]}]
+
+    def write(self, kind: str, **entry: Any) -> None:
+        if not self.on:
+            return
+        entry = {"kind": kind, **entry}
+        self.jsonl.write(json.dumps(entry) + "\n")
+        self.jsonl.flush()
+        for row in self._row(entry):
+            with self.csv_path.open("a", newline="") as file:
+                csv.DictWriter(file, self.FIELDS).writerow(row)
+        if self.tensorboard:
+            for key, value in entry.items():
+                if key not in ("kind", "epoch", "step", "count"):
+                    self.tensorboard.add_scalar(f"{kind}/{key}", value, entry["step"])
+        if kind == "train" and self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {entry['loss']:.3f}, {entry['images_per_s']:.0f} images/s, "
+                f"waiting for data {entry['data_wait']:.0%}"
+            )
+        if kind == "val":
+            self.say(
+                f"epoch {entry['epoch'] + 1}: train loss {self._last.get('loss', math.nan):.3f}, "
+                f"val loss {entry['loss']:.3f}, top-1 {entry['top1']:.2%}, top-5 {entry['top5']:.2%}"
+            )
+
+    def bar(self, epoch: int, step_in_epoch: int, steps: int) -> None:
+        """One progress bar an epoch, moved once a step."""
+        if not (self.on and self.progress):
+            return
+        if self._bar is None or step_in_epoch == 0:
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = tqdm(
+                total=steps, initial=step_in_epoch, desc=f"epoch {epoch + 1}", unit="step", leave=False
+            )
+        else:
+            self._bar.update()
+
+    def say(self, line: str) -> None:
+        if self.on:
+            tqdm.write(line)
+
+    def close(self) -> None:
+        if self.on:
+            if self._bar is not None:
+                self._bar.close()
+            self.jsonl.close()
+            if self.tensorboard:
+                self.tensorboard.close()
+
+
+if __name__ == "__main__":
+    main()
