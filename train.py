@@ -137,7 +137,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     amp = amp_dtype(config["amp"], ranks.device)
     network = AlexNet(len(classes), config["variant"], config["dropout"], image_size=config["crop"])
     recipe.initialise(network, config["init"], config["seed"])
-    network.to(ranks.device, memory_format=torch.channels_last)
+    network = network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = recipe.build_optimizer(network, config["lr"], config["momentum"], config["weight_decay"])
     schedule = recipe.Schedule(
         config["schedule"],
@@ -339,7 +339,7 @@ class Log:
             self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step)
 
     def _forget_after(self, step: int) -> None:
-        """A run that resumes repeats the steps after its checkpoint: their lines go, also a half-written one."""
+        """A resumed run repeats the steps after its checkpoint: their lines go, also a half-written one."""
         kept: list[str] = []
         rows: list[dict[str, Any]] = []
         if step and self.jsonl_path.exists():

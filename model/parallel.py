@@ -62,9 +62,10 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
     themselves when to stop.
     """
     if under_torchrun():
-        place = Ranks(
-            *(int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")), gpu
+        rank, world, local_rank, local_world = (
+            int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
+        place = Ranks(rank, world, local_rank, local_world, gpu)
         _as_rank(place, "env://", work, config)
     elif ranks == 1:
         work(Ranks(gpu=gpu), config)

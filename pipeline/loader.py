@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia import dali
+from nvidia.dali import Pipeline, pipeline_def
 
 from pipeline import DataError
 from pipeline.feed import EvalFeed, TrainFeed
@@ -24,6 +25,9 @@ from pipeline.prepare import decode
 from pipeline.shards import Manifest, ShardReader
 
 MEANS = ("pixel", "channel", "none")
+# their stubs know neither keyword dictionaries nor constants as arguments
+fn: Any = dali.fn
+types: Any = dali.types
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Preprocess:
             mean = manifest.load_mean(train_dir)
         elif mean_mode in MEANS:
             level = manifest.channel_mean if mean_mode == "channel" else (0, 0, 0)
-            mean = np.tile(np.float32(level), (manifest.size, manifest.size, 1))
+            mean = np.tile(np.array(level, np.float32), (manifest.size, manifest.size, 1))
         else:
             raise DataError(f"mean is {mean_mode!r}: use one of {', '.join(MEANS)}")
         basis = 255 * np.array(manifest.pca_eigenvectors) * np.array(manifest.pca_eigenvalues)
@@ -62,7 +66,8 @@ class Preprocess:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Preprocess:
-        return cls(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in state.items()})
+        arrays = {k: state[k].numpy() for k in ("mean", "color_basis")}
+        return cls(**{**state, **arrays})
 
 
 @pipeline_def(enable_conditionals=False)
@@ -91,7 +96,7 @@ def graph(
         dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT],
         ndim=[3 if raw else 1, 0, 1, 0, 1],
     )
-    window = types.Constant(np.int32([crop, crop]), device="cpu")
+    window = types.Constant(np.array([crop, crop], np.int32), device="cpu")
     absolute = {"axes": [0, 1], "normalized_anchor": False, "normalized_shape": False}
     decoder: dict[str, Any] = {"device": "cpu", "output_type": types.RGB}
     if gpu:
@@ -132,7 +137,7 @@ def graph(
         views = []
         for mirrored in (0, 1):
             for corner in corners:
-                at = types.Constant(np.int32(corner), device="cpu")
+                at = types.Constant(np.array(corner, np.int32), device="cpu")
                 patch = fn.slice(image, at, window, **absolute)
                 views.append(normalized(fn.reshape(patch, layout="HWC"), at, mirrored))
         images = fn.stack(*views)

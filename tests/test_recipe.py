@@ -1,6 +1,7 @@
 """Initialisation, the paper's update rule and the schedules."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,8 +86,8 @@ def test_every_schedule_stays_within_zero_and_the_base_rate(kind, epochs, steps,
     rates = [schedule.lr(step) for step in range(epochs * steps)]
     assert all(0 < rate <= 0.1 for rate in rates)
     rise = rates[: schedule.warmup]
-    assert all(x < y for x, y in zip(rise, rise[1:], strict=False))
-    assert all(x >= y for x, y in zip(rates[schedule.warmup :], rates[schedule.warmup + 1 :], strict=False))
+    assert all(x < y for x, y in pairwise(rise))
+    assert all(x >= y for x, y in pairwise(rates[schedule.warmup :]))
 
 
 def test_cosine_and_step_reach_what_they_say():

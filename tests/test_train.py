@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
@@ -177,4 +176,4 @@ def test_no_process_outlives_a_run(dataset, tmp_path):
             break
         time.sleep(0.1)
     assert not left
-    assert not any(str(process.pid) in name for name in os.listdir("/dev/shm"))
+    assert not any(str(process.pid) in entry.name for entry in Path("/dev/shm").iterdir())
