@@ -1,0 +1,417 @@
+"""Builds one split: raw images -> shards, statistics and manifest; atomic, resumable, any number of workers.
+
+Everything happens in OUT/<split>.partial. A finished shard there has its note in work/, written last and by a
+rename: a build killed at any moment goes on without redoing those. The complete directory becomes OUT/<split> by
+one rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import lmdb
+import numpy as np
+
+from pipeline import DataError
+from pipeline.prepare import RejectedError, Statistics, encode_bgr, prepare_bgr
+from pipeline.raw import RawImage, RawReader, Source
+from pipeline.shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    MEAN,
+    Manifest,
+    ShardWriter,
+    fsync_directory,
+    pca_of_moments,
+    shard_name,
+    write_atomic,
+)
+from pipeline.workers import Crashed, Report, WorkerPool
+
+# At most so many images a shard: about 120 MB, a quarter of a minute of work to lose. Small sets are cut into
+# MIN_SHARDS all the same, to keep the workers busy, but not into shards of fewer than MIN_IMAGES.
+MAX_IMAGES_PER_SHARD, MIN_SHARDS, MIN_IMAGES = 5000, 16, 128
+MAX_CRASHES = 5  # of one shard without one file to blame
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes of a data set, apart from the source."""
+
+    size: int = 256
+    encoding: str = "jpeg"
+    quality: int | None = 90
+    images_per_shard: int | None = None  # None: chosen from the number of images
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a build did; `accepted` + `rejected` is every image of the source."""
+
+    split_dir: Path
+    accepted: int
+    rejected: list[dict[str, str]]
+    resumed: int  # images in shards that an earlier, interrupted run had finished
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _ShardJob:
+    """All that a worker has to know to write one shard."""
+
+    number: int
+    partial: Path
+    source: Path
+    images: list[RawImage]
+    options: Options
+    crashers: frozenset[int] = frozenset()  # positions in `images` not to be touched again
+
+
+def build_split(
+    source: Source,
+    out: Path,
+    options: Options,
+    *,
+    workers: int,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Summary:
+    """Build OUT/<split> from `source`.
+
+    progress(images done, images in all) is called about ten times a second. DataError for everything that the
+    user can put right, a full disk included; after it, or a kill, `resume` goes on.
+    """
+    started = time.monotonic()
+    final, partial = out / source.split, out / f"{source.split}.partial"
+    plan = _plan(source, options)
+    fingerprint = _fingerprint(source, options, plan)
+    total = len(source.images)
+    try:
+        if resume and not partial.exists() and (final / MANIFEST).exists():
+            manifest = Manifest.load(final)
+            if manifest.fingerprint == fingerprint:
+                return Summary(final, manifest.count, manifest.rejected, total, time.monotonic() - started)
+            raise DataError(
+                f"{final} was built from other images or with other options: replace it with --overwrite"
+            )
+        lock = _claim(final, partial, fingerprint, resume, overwrite)
+        try:
+            resumed = 0
+            if not (partial / MANIFEST).exists():
+                resumed = _write_shards(source, partial, options, plan, workers, progress)
+                _write_manifest(source, partial, options, plan, fingerprint)
+            manifest = _publish(partial, final)
+        finally:
+            _remove_unfinished(partial)
+            os.close(lock)
+    except OSError as error:
+        raise _disk_error(error, out) from None
+    return Summary(final, manifest.count, manifest.rejected, resumed, time.monotonic() - started)
+
+
+def _plan(source: Source, options: Options) -> list[list[int]]:
+    """Which images go into which shard: a seeded shuffle, cut into pieces of (nearly) one length."""
+    count = len(source.images)
+    # Sorting raw random numbers: unlike `permutation`, NumPy promises this stream for all versions.
+    order = np.argsort(np.random.Philox(key=options.seed).random_raw(count), kind="stable")
+    if options.images_per_shard:
+        shards = math.ceil(count / options.images_per_shard)
+    else:
+        shards = max(math.ceil(count / MAX_IMAGES_PER_SHARD), min(MIN_SHARDS, math.ceil(count / MIN_IMAGES)))
+    return [piece.tolist() for piece in np.array_split(order, shards)]
+
+
+def _fingerprint(source: Source, options: Options, plan: list[list[int]]) -> str:
+    """Equal only when the finished data set would be equal, so far as can be told without reading images."""
+    digest = hashlib.sha256()
+    head = [FORMAT_VERSION, source.split, asdict(options), len(plan), cv2.__version__]
+    digest.update(json.dumps([head, source.wnids, source.names, source.rejected], sort_keys=True).encode())
+    for image in source.images:
+        digest.update(json.dumps(image).encode())
+    return digest.hexdigest()
+
+
+# --- the directory of an unfinished build ------------------------------------------------------------------
+
+
+def _claim(final: Path, partial: Path, fingerprint: str, resume: bool, overwrite: bool) -> int:
+    """Make or take over `partial`; returns the descriptor of its lock."""
+    if not (resume or overwrite):
+        if partial.exists():
+            raise DataError(
+                f"{partial} is an unfinished build: continue it with --resume, or use --overwrite"
+            )
+        if final.exists():
+            raise DataError(f"{final} already exists: replace it with --overwrite, or name another OUT")
+    work = partial / "work"
+    started = work / "build.json"
+    if partial.exists():
+        lock = _lock(partial)
+        if overwrite:
+            shutil.rmtree(partial)
+            os.close(lock)
+        else:
+            try:
+                known = json.loads(started.read_bytes())
+            except (FileNotFoundError, ValueError):
+                known = {"fingerprint": None, "overwrite": True}
+                if (partial / MANIFEST).exists():
+                    known["fingerprint"] = Manifest.load(partial).fingerprint
+                elif not any(partial.glob("shard-*")):
+                    known["fingerprint"] = fingerprint  # killed before it had begun
+            if known["fingerprint"] != fingerprint:
+                os.close(lock)
+                raise DataError(
+                    f"{partial} was begun from other images or with other options: "
+                    "repeat those, or start afresh with --overwrite"
+                )
+            if final.exists() and not known["overwrite"]:
+                os.close(lock)
+                raise DataError(f"{final} already exists beside {partial}: replace both with --overwrite")
+            work.mkdir(exist_ok=True)
+            return lock
+    partial.mkdir(parents=True)
+    lock = _lock(partial)
+    work.mkdir()
+    content = {"fingerprint": fingerprint, "overwrite": overwrite}
+    write_atomic(started, json.dumps(content).encode())
+    return lock
+
+
+def _lock(directory: Path, name: str = "", wait: bool = False) -> int:
+    """Keep others out of `directory`, or of the file `name` in it, until the descriptor is closed or a kill."""
+    flags = os.O_RDWR | os.O_CREAT if name else os.O_RDONLY
+    descriptor = os.open(directory / name, flags, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        raise DataError(f"another build is at work in {directory}: wait for it, or stop it") from None
+    except OSError:
+        pass  # a file system without locks: better to build than to refuse
+    return descriptor
+
+
+def _remove_unfinished(partial: Path) -> None:
+    """What stopped workers were writing: useless, and on a full disk in the way."""
+    for path in [*partial.glob("*.tmp"), *partial.glob("work/*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _disk_error(error: OSError, out: Path) -> DataError:
+    if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
+        return DataError(f"the disk of {out} is full: make room, then continue with --resume")
+    if error.errno == errno.EROFS or error.errno == errno.EACCES:
+        return DataError(f"cannot write to {error.filename or out}: {error.strerror}; name another OUT")
+    return DataError(f"{error.filename or out}: {error.strerror}; continue with --resume when that is solved")
+
+
+# --- shards ------------------------------------------------------------------------------------------------
+
+
+def _note(partial: Path, number: int) -> Path:
+    """What a finished shard adds to the manifest: an npz with the sums and a JSON text."""
+    return partial / "work" / f"{shard_name(number)}.npz"
+
+
+def _write_shards(
+    source: Source,
+    partial: Path,
+    options: Options,
+    plan: list[list[int]],
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> int:
+    """Write every shard that has no note yet; returns how many images had been done before."""
+    jobs = {}
+    for number, piece in enumerate(plan):
+        if not _note(partial, number).exists():
+            images = [source.images[index] for index in piece]
+            jobs[number] = _ShardJob(number, partial, source.path, images, options)
+    total = len(source.images)
+    resumed = done = total - sum(len(job.images) for job in jobs.values())
+    progress(done, total)
+    crashes: dict[int, list[int]] = {number: [] for number in jobs}
+    with WorkerPool(write_shard, min(workers, len(jobs))) as pool:
+
+        def tick() -> None:
+            progress(done + pool.items_begun(), total)
+
+        for number, job in jobs.items():
+            pool.submit(number, job)
+        for number, event in pool.events(tick):
+            if isinstance(event, Crashed):
+                jobs[number] = _after_crash(jobs[number], event.position, crashes[number])
+                pool.submit(number, jobs[number], first=True)
+            else:
+                done += len(jobs[number].images)
+    progress(done, total)
+    return resumed
+
+
+def _after_crash(job: _ShardJob, position: int, crashes: list[int]) -> _ShardJob:
+    """The job to try next. A file that kills two workers is to blame; else something from outside was."""
+    crashes.append(position)
+    if position >= 0 and crashes.count(position) == 2:
+        return replace(job, crashers=job.crashers | {position})
+    if len(crashes) - 2 * len(job.crashers) >= MAX_CRASHES:
+        raise DataError(
+            f"worker processes were killed {len(crashes)} times in {shard_name(job.number)} (out of memory?): "
+            "continue with --resume and fewer --workers"
+        )
+    return job
+
+
+def write_shard(job: _ShardJob, report: Report) -> None:
+    """In a worker: write one shard and, last, its note."""
+    cv2.setNumThreads(1)  # one process a core already
+    try:
+        # After a kill of the main process its workers may live for a moment: never two in one shard.
+        lock = _lock(job.partial / "work", f"{shard_name(job.number)}.lock", wait=True)
+        try:
+            if not _note(job.partial, job.number).exists():
+                _write_shard(job, report)
+        except lmdb.Error as error:
+            # LMDB calls a write that a full disk cut short an I/O error: a plain one tells the true reason.
+            (job.partial / f"probe-{job.number}.tmp").write_bytes(bytes(1 << 24))
+            raise DataError(f"{job.partial}: {error}; continue with --resume when that is solved") from None
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise _disk_error(error, job.partial.parent) from None
+
+
+def _write_shard(job: _ShardJob, report: Report) -> None:
+    options, directory = job.options, job.partial / shard_name(job.number)
+    unfinished = directory.with_suffix(".tmp")
+    for leftover in (unfinished, directory):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    statistics = Statistics(options.size)
+    rejected = []
+    reader = RawReader(job.source)
+    writer = ShardWriter(unfinished, options.size, encoded=options.encoding != "raw")
+    try:
+        for position, image in enumerate(job.images):
+            report(position)
+            try:
+                if position in job.crashers:
+                    raise RejectedError("crashed the decoder")
+                bgr = prepare_bgr(_read(reader, image, job.source), options.size)
+                data = encode_bgr(bgr, options.encoding, options.quality or 0)
+            except RejectedError as error:
+                rejected.append({"source": image.name, "reason": str(error)})
+                continue
+            writer.append(data, image.label)
+            statistics.add_bgr(bgr)
+        report(-1)
+        entry = {"name": directory.name, **writer.close()}
+    finally:
+        writer.abort()
+        reader.close()
+    statistics.flush()
+    unfinished.rename(directory)
+    fsync_directory(job.partial)
+    text = json.dumps({"shard": entry, "products": statistics.products, "rejected": rejected})
+    note = io.BytesIO()
+    np.savez(note, sums=statistics.sums, text=np.array(text))
+    write_atomic(_note(job.partial, job.number), note.getvalue())
+
+
+def _read(reader: RawReader, image: RawImage, source: Path) -> bytes:
+    try:
+        return reader.read(image)
+    except ValueError as error:
+        raise RejectedError(str(error)) from None
+    except OSError as error:
+        # One bad file is its own fault; when the whole source has gone, nothing else would be left either.
+        if not source.exists():
+            raise DataError(f"{source} has gone: bring it back, then continue with --resume") from None
+        raise RejectedError(f"cannot be read: {error.strerror}") from None
+
+
+# --- the end -----------------------------------------------------------------------------------------------
+
+
+def _write_manifest(
+    source: Source, partial: Path, options: Options, plan: list[list[int]], fingerprint: str
+) -> None:
+    """Add up the shards' notes: mean.npy and the manifest, whose presence says that all is there."""
+    sums = np.zeros((options.size, options.size, 3), np.int64)
+    products = [[0] * 3 for _ in range(3)]
+    shards: list[dict[str, Any]] = []
+    rejected = [{"source": name, "reason": reason} for name, reason in source.rejected]
+    for number in range(len(plan)):
+        with np.load(_note(partial, number)) as arrays:
+            note = json.loads(str(arrays["text"]))
+            shard_sums = arrays["sums"]
+        rejected += note["rejected"]
+        if note["shard"]["count"] == 0:
+            shutil.rmtree(partial / note["shard"]["name"], ignore_errors=True)
+            continue
+        shards.append(note["shard"])
+        sums += shard_sums
+        products = [[products[i][j] + note["products"][i][j] for j in range(3)] for i in range(3)]
+    rejected.sort(key=lambda entry: entry["source"])
+    count = sum(shard["count"] for shard in shards)
+    if count == 0:
+        raise DataError(
+            f"none of the {len(rejected)} images of {source.path} can be used; "
+            f"{rejected[0]['source']}: {rejected[0]['reason']}"
+        )
+    content = io.BytesIO()
+    np.save(content, (sums / count).astype(np.float32))
+    write_atomic(partial / MEAN, content.getvalue())
+    channel_sums = [int(total) for total in sums.sum(axis=(0, 1))]
+    mean, values, vectors = pca_of_moments(count * options.size**2, channel_sums, products)
+    Manifest(
+        format_version=FORMAT_VERSION,
+        split=source.split,
+        count=count,
+        size=options.size,
+        encoding=options.encoding,
+        quality=options.quality if options.encoding == "jpeg" else None,
+        seed=options.seed,
+        classes=[{"wnid": wnid, "name": source.names.get(wnid)} for wnid in source.wnids],
+        shards=shards,
+        rejected=rejected,
+        channel_mean=mean,
+        pca_eigenvalues=values,
+        pca_eigenvectors=vectors,
+        mean_sha256=hashlib.sha256(content.getvalue()).hexdigest(),
+        fingerprint=fingerprint,
+    ).save(partial)
+
+
+def _publish(partial: Path, final: Path) -> Manifest:
+    """Make a complete build visible; safe to repeat after a kill at any line."""
+    manifest = Manifest.load(partial)
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        final.rename(old)
+    shutil.rmtree(partial / "work", ignore_errors=True)
+    partial.rename(final)
+    fsync_directory(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+    return manifest

@@ -1,0 +1,370 @@
+"""LMDB shards on disk: the writer, the reader, the manifest and its checksums.
+
+A split is a directory::
+
+    DATA/train/manifest.json          what is inside, with a checksum of everything
+    DATA/train/mean.npy               (size, size, 3) float32 RGB, levels 0..255
+    DATA/train/shard-00000/data.mdb   a Caffe LMDB: key "00000000", "00000001", ... -> Datum
+    DATA/train/shard-00000/crc32.npy  (count,) uint32, one CRC-32 a record: finds the one damaged image
+
+The global index of a sample counts through the shards in the manifest's order.
+This module is imported by light worker processes: it must not import torch, DALI or OpenCV.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import lmdb
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from pipeline import DataError
+from pipeline.datum_pb2 import Datum
+
+FORMAT_VERSION = 1
+ENCODINGS = ("jpeg", "png", "raw")
+MANIFEST, MEAN, DATABASE, RECORD_CRCS = "manifest.json", "mean.npy", "data.mdb", "crc32.npy"
+
+
+def shard_name(number: int) -> str:
+    """Directory name of shard `number`: "shard-00000", ..."""
+    return f"shard-{number:05d}"
+
+
+def record_key(local_index: int) -> bytes:
+    """Key of a shard's `local_index`-th record; zero-padded, so that byte order is number order."""
+    return b"%08d" % local_index
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the renames inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything known about one split; read by every tool and by the trainer.
+
+    `channel_mean` is RGB in levels 0..255. `pca_eigenvalues` (descending) and `pca_eigenvectors` (3x3, column
+    i belongs to eigenvalue i; its largest component is positive) are those of the RGB covariance of all
+    pixels scaled to [0, 1], as the colour shift of section 4.1 of the AlexNet paper uses them.
+    """
+
+    format_version: int
+    split: str  # "train" or "val"
+    count: int
+    size: int  # images are size x size pixels
+    encoding: str  # one of ENCODINGS
+    quality: int | None  # of the JPEGs, None for lossless encodings
+    seed: int  # of the shuffle at build time
+    classes: list[dict[str, str | None]]  # {"wnid", "name"}; the label is the position in this list
+    shards: list[dict[str, Any]]  # {"name", "count", "bytes", "sha256", "crc32_sha256"}
+    rejected: list[dict[str, str]]  # {"source", "reason"}
+    channel_mean: list[float]
+    pca_eigenvalues: list[float]
+    pca_eigenvectors: list[list[float]]
+    mean_sha256: str  # of mean.npy
+    fingerprint: str  # of the source list and the options of the build: the same means "nothing to redo"
+
+    @staticmethod
+    def load(split_dir: str | Path) -> Manifest:
+        """Read and check `split_dir`/manifest.json; DataError when it is missing or damaged."""
+        path = Path(split_dir) / MANIFEST
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(
+                f"no data set in {split_dir} ({MANIFEST} is missing): "
+                f"build it with `python tools/build_lmdb.py SOURCE {Path(split_dir).parent}`"
+            ) from None
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from None
+        damaged = f"{path} is damaged: restore it from a copy or build the data set again"
+        try:
+            values = json.loads(content)
+            version = values["format_version"]
+            if version != FORMAT_VERSION:
+                raise DataError(
+                    f"{path} has format {version}, this program reads format {FORMAT_VERSION}: build it again"
+                )
+            manifest = Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+        except (ValueError, KeyError, TypeError):
+            raise DataError(damaged) from None
+        # Comparing whole files also finds a flip in white space or in the checksum itself.
+        if content != manifest._serialise():
+            raise DataError(damaged)
+        return manifest
+
+    def save(self, split_dir: str | Path) -> None:
+        """Write manifest.json in one atomic step; the same values give the same bytes."""
+        write_atomic(Path(split_dir) / MANIFEST, self._serialise())
+
+    def load_mean(self, split_dir: str | Path) -> np.ndarray:
+        """mean.npy of this manifest: (size, size, 3) float32 RGB, levels 0..255; DataError when damaged."""
+        path = Path(split_dir) / MEAN
+        try:
+            if file_sha256(path) == self.mean_sha256:
+                mean: np.ndarray = np.load(path, allow_pickle=False)
+                return mean
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; build the data set again") from None
+        raise DataError(f"{path} is damaged (its checksum differs): restore it or build the data set again")
+
+    def _serialise(self) -> bytes:
+        values = asdict(self)
+        body = json.dumps(values, sort_keys=True).encode()
+        values["manifest_sha256"] = hashlib.sha256(body).hexdigest()
+        return (json.dumps(values, sort_keys=True, indent=1) + "\n").encode()
+
+
+class ShardWriter:
+    """Writes one shard: `append` in order, then `close`. The same records give the same file bytes."""
+
+    BATCH = 64  # records a transaction: bounds memory, and spreads the cost of a commit
+
+    def __init__(self, directory: Path, size: int, encoded: bool) -> None:
+        """Create `directory`, which must not exist, for `size` x `size` records."""
+        directory.mkdir()
+        self.directory = directory
+        self.count = 0
+        self._size, self._encoded = size, encoded
+        self._pending: list[bytes] = []
+        self._crcs: list[int] = []
+        # The file is worthless until the final sync, and only this process knows it: no sync, no lock file.
+        # Not a sparse `writemap`: that turns a full disk into SIGBUS.
+        self._env = lmdb.open(str(directory), map_size=1 << 24, sync=False, metasync=False, lock=False)
+
+    def append(self, data: bytes, label: int) -> None:
+        """Store one image (`data` as the encoding wants it) under the next key."""
+        datum = Datum(channels=3, height=self._size, width=self._size, data=data, label=label)
+        datum.encoded = self._encoded
+        record = datum.SerializeToString(deterministic=True)
+        self._pending.append(record)
+        self._crcs.append(zlib.crc32(record))
+        if len(self._pending) == self.BATCH:
+            self._commit()
+
+    def close(self) -> dict[str, Any]:
+        """Finish on disk; returns the shard's entry in the manifest, but for its name."""
+        self._commit()
+        self._env.sync(True)
+        self._env.close()
+        crcs = self.directory / RECORD_CRCS
+        np.save(crcs, np.array(self._crcs, np.uint32))
+        with crcs.open("rb") as file:
+            os.fsync(file.fileno())
+        fsync_directory(self.directory)
+        database = self.directory / DATABASE
+        return {
+            "count": self.count,
+            "bytes": database.stat().st_size,
+            "sha256": file_sha256(database),
+            "crc32_sha256": file_sha256(crcs),
+        }
+
+    def abort(self) -> None:
+        """Release the file, finished or not; whoever made the directory removes it."""
+        self._env.close()
+
+    def _commit(self) -> None:
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for offset, record in enumerate(self._pending):
+                        transaction.put(record_key(self.count + offset), record, append=True)
+                break
+            except lmdb.MapFullError:
+                # Doubling depends on the records alone, so the file stays the same from build to build.
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+        self.count += len(self._pending)
+        self._pending.clear()
+
+
+# LMDB allows one environment a file and process: readers share it, and the last of them closes it by going.
+_environments: WeakValueDictionary[tuple[int, int, int], Any] = WeakValueDictionary()
+
+
+def _environment(directory: Path) -> Any:
+    file = (directory / DATABASE).stat()
+    key = (os.getpid(), file.st_dev, file.st_ino)
+    env = _environments.get(key)
+    if env is None:
+        # readahead=False: reads are random, pages read ahead would only push others out of memory.
+        env = lmdb.open(str(directory), readonly=True, lock=False, readahead=False, create=False)
+        _environments[key] = env
+    return env
+
+
+class ShardReader:
+    """Random access to the records of a split by global index.
+
+    Opens shards when first needed, read-only and without lock files, so that read-only media, many processes
+    and many readers at once work. Can be pickled and survives fork: each process opens its own files.
+    Use one reader a thread.
+    """
+
+    def __init__(self, split_dir: str | Path) -> None:
+        """Check the manifest and every shard's file size; DataError names what is missing or damaged."""
+        self.split_dir = Path(split_dir)
+        self.manifest = Manifest.load(self.split_dir)
+        self._ends: list[int] = []  # _ends[s]: first global index after shard s
+        end = 0
+        for shard in self.manifest.shards:
+            path = self.split_dir / shard["name"] / DATABASE
+            try:
+                actual = path.stat().st_size
+            except OSError as error:
+                raise DataError(
+                    f"cannot read shard {path}: {error.strerror}; restore it or build again"
+                ) from None
+            # A file cut short would otherwise kill the process at the first read beyond its end.
+            if actual != shard["bytes"]:
+                raise DataError(
+                    f"shard {path} has {actual:,} bytes instead of {shard['bytes']:,}: "
+                    "restore it or build the data set again"
+                )
+            end += shard["count"]
+            self._ends.append(end)
+        if end != self.manifest.count:
+            raise DataError(
+                f"{self.split_dir / MANIFEST} counts {self.manifest.count} images, its shards {end}"
+            )
+        self._reset()
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def locate(self, index: int) -> tuple[str, bytes]:
+        """(shard name, key) of global `index`; IndexError outside 0..len-1."""
+        shard, local = self._split_index(index)
+        return self.manifest.shards[shard]["name"], record_key(local)
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """(data, label) of global `index`.
+
+        data: uint8, 1-d (the bytes of the JPEG or PNG file), or (size, size, 3) RGB when the encoding is raw.
+        It is read-only. IndexError outside 0..len-1; DataError naming shard and key when damaged.
+        """
+        shard, local = self._split_index(index)
+        if os.getpid() != self._pid:
+            self._reset()
+        transaction = self._transactions[shard]
+        try:
+            if transaction is None:
+                transaction = self._open(shard)
+            value = transaction.get(record_key(local))
+            if value is None:
+                raise DataError(self._damage(shard, local, "the record is missing"))
+            datum = Datum.FromString(value)
+        except (lmdb.Error, DecodeError) as error:
+            raise DataError(self._damage(shard, local, str(error))) from None
+        data = np.frombuffer(datum.data, np.uint8)
+        if not datum.encoded:
+            try:
+                data = data.reshape(datum.height, datum.width, datum.channels)
+            except ValueError:
+                raise DataError(self._damage(shard, local, f"{data.size} bytes of pixels")) from None
+        return data, datum.label
+
+    def close(self) -> None:
+        """Release the files; a later read opens them again."""
+        for transaction in self._transactions:
+            if transaction is not None:
+                transaction.abort()
+        self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        open_files = ("_transactions", "_pid")
+        return {name: value for name, value in self.__dict__.items() if name not in open_files}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._transactions: list[Any] = [None] * len(self._ends)
+        self._pid = os.getpid()
+
+    def _split_index(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < self.manifest.count:
+            raise IndexError(f"index {index} outside 0..{self.manifest.count - 1}")
+        shard = bisect.bisect_right(self._ends, index)
+        return shard, index - (self._ends[shard - 1] if shard else 0)
+
+    def _open(self, shard: int) -> Any:
+        entry = self.manifest.shards[shard]
+        env = _environment(self.split_dir / entry["name"])
+        entries = env.stat()["entries"]
+        if entries != entry["count"]:
+            raise DataError(
+                f"shard {self.split_dir / entry['name']} holds {entries} records instead of "
+                f"{entry['count']}: restore it or build the data set again"
+            )
+        # A read transaction that stays open costs nothing here: nobody writes to a finished shard.
+        transaction = env.begin()
+        self._transactions[shard] = transaction
+        return transaction
+
+    def _damage(self, shard: int, local: int, what: str) -> str:
+        where = self.split_dir / self.manifest.shards[shard]["name"]
+        return (
+            f"shard {where}, key {record_key(local).decode()} is damaged ({what}): "
+            f"check with `python tools/verify_lmdb.py {self.split_dir}`"
+        )
+
+
+def pca_of_moments(
+    pixels: int, sums: Sequence[int], products: Sequence[Sequence[int]]
+) -> tuple[list[float], list[float], list[list[float]]]:
+    """(channel mean, eigenvalues, eigenvectors) for the manifest, from exact integer moments.
+
+    pixels: how many were summed; sums: (3,) and products: (3, 3) of integers, over RGB levels 0..255.
+    """
+    mean = [int(total) / pixels for total in sums]
+    # n·Σxy − Σx·Σy stays in integers; only the one division rounds, so order and workers cannot matter.
+    scale = (255 * pixels) ** 2
+    covariance = np.array(
+        [
+            [(pixels * int(products[i][j]) - int(sums[i]) * int(sums[j])) / scale for j in range(3)]
+            for i in range(3)
+        ]
+    )
+    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    # eigh leaves the sign open: make the largest component of each column positive.
+    largest = np.abs(vectors).argmax(axis=0)
+    vectors = vectors * np.where(vectors[largest, range(3)] < 0, -1.0, 1.0)
+    assert all(math.isfinite(value) for value in mean)
+    return mean, [max(0.0, float(value)) for value in values], vectors.tolist()

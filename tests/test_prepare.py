@@ -1,0 +1,252 @@
+"""Any image file to RGB, against Pillow; statistics against NumPy integers."""
+
+import contextlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.prepare import MAX_PIXELS, RejectedError, Statistics, decode, dimensions, encode, prepare
+
+
+@pytest.fixture(scope="module")
+def photo(photos: dict[str, Path]) -> Image.Image:
+    """A square RGB photograph: at its own size `prepare` changes nothing."""
+    return Image.open(photos["astronaut"]).convert("RGB")
+
+
+def _file(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def _with_black(photo: Image.Image) -> Image.Image:
+    inks = np.asarray(photo.convert("CMYK")).copy()
+    black = inks[..., :3].min(axis=-1)
+    inks[..., :3] -= black[..., None]
+    inks[..., 3] = black
+    return Image.fromarray(inks, "CMYK")
+
+
+def _transparent(photo: Image.Image) -> Image.Image:
+    image = photo.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(photo.size))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("make", "tolerance"),
+    [
+        (lambda p: _file(p, "JPEG"), 1),
+        (lambda p: _file(p, "JPEG", progressive=True), 1),
+        (lambda p: _file(p.convert("L"), "JPEG"), 1),
+        (lambda p: _file(p.convert("CMYK"), "JPEG"), 3),
+        (lambda p: _file(_with_black(p), "JPEG"), 3),
+        # Byte 17 is the transform flag of the Adobe segment, which comes first: 2 says YCCK.
+        (lambda p: (b := _file(_with_black(p), "JPEG"))[:17] + b"\x02" + b[18:], 3),
+        (lambda p: _file(p, "PNG"), 0),
+        (lambda p: _file(p.convert("P"), "PNG"), 0),
+        (lambda p: _file(p.convert("P"), "PNG", transparency=3), 0),
+        (lambda p: _file(p.convert("1"), "PNG", icc_profile=None), 0),
+        (lambda p: _file(_transparent(p), "PNG"), 0),
+        (lambda p: _file(_transparent(p).convert("LA"), "PNG", icc_profile=None), 0),
+        (lambda p: _file(p, "GIF"), 0),
+        (lambda p: _file(p, "BMP"), 0),
+        (lambda p: _file(p, "WEBP"), 2),
+        (lambda p: _file(_transparent(p), "WEBP", lossless=True, exact=True), 0),
+    ],
+    ids=[
+        "rgb",
+        "progressive",
+        "grey",
+        "cmyk",
+        "cmyk-black",
+        "ycck",
+        "png",
+        "palette",
+        "palette-transparent",
+        "bit",
+        "rgba",
+        "grey-alpha",
+        "gif",
+        "bmp",
+        "webp",
+        "webp-alpha",
+    ],
+)
+def test_every_kind_becomes_the_rgb_that_pillow_sees(photo: Image.Image, make, tolerance: int) -> None:
+    data = make(photo)
+    assert dimensions(data) == photo.size
+    got = prepare(data, photo.width)
+    assert got.dtype == np.uint8 and got.shape == (512, 512, 3)
+    assert np.abs(got - _pillow(data)).max() <= tolerance
+
+
+def test_sixteen_bits_keep_the_high_byte(photo: Image.Image) -> None:
+    rgb = np.asarray(photo)
+    data = cv2.imencode(".png", rgb[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
+    assert np.array_equal(prepare(data, 512), rgb)
+    grey = np.asarray(photo.convert("L"))
+    data = cv2.imencode(".png", grey.astype(np.uint16) * 257)[1].tobytes()
+    assert np.array_equal(prepare(data, 512), np.repeat(grey[..., None], 3, axis=2))
+
+
+def _area_weights(source: int, target: int) -> np.ndarray:
+    """(target, source): how much of each source pixel a target pixel covers."""
+    edges = np.arange(target + 1) * source / target
+    pixels = np.arange(source)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.clip(overlap, 0, None) * target / source
+
+
+def test_shrinking_averages_the_central_square(photos: dict[str, Path]) -> None:
+    for path in photos.values():
+        rgb = np.asarray(Image.open(path).convert("RGB")).astype(float)
+        side = min(rgb.shape[:2])
+        top, left = (rgb.shape[0] - side) // 2, (rgb.shape[1] - side) // 2
+        square = rgb[top : top + side, left : left + side]
+        weights = _area_weights(side, 256)
+        expected = np.einsum("ys,stc,xt->yxc", weights, square, weights, optimize=True)
+        error = np.abs(prepare(path.read_bytes(), 256) - expected)
+        assert error.mean() < 0.6 and error.max() < 3, path
+
+
+def test_exif_orientation_is_ignored_and_its_damage_harmless(photo: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    turned = _file(photo, "JPEG", exif=exif)
+    assert np.array_equal(prepare(turned), prepare(_file(photo, "JPEG")))
+    damaged = bytearray(turned)
+    start = damaged.index(b"Exif") + 8
+    damaged[start : start + 16] = b"\xff" * 16
+    assert np.array_equal(prepare(bytes(damaged)), prepare(turned))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 999), (999, 1), (2, 3), (255, 255), (257, 256)])
+def test_any_shape_fills_the_square(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (10, 200, 30))
+    assert (prepare(_file(image, "PNG")) == (10, 200, 30)).all()
+
+
+def test_bytes_after_the_end_are_harmless(photo: Image.Image) -> None:
+    data = _file(photo, "JPEG")
+    assert np.array_equal(prepare(data + b"<!-- served by -->" * 9), prepare(data))
+
+
+def _png_bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_what_is_no_image_is_rejected_with_the_reason(photo: Image.Image) -> None:
+    jpeg, png = _file(photo, "JPEG"), _file(photo, "PNG")
+    huge = jpeg.replace(struct.pack(">HH", 512, 512), struct.pack(">HH", 65500, 65500), 1)
+    for data, reason in [
+        (b"", "empty file"),
+        (b"some text\n" * 20, "not a JPEG"),
+        (b"II*\0" + bytes(50), "not a JPEG"),
+        (jpeg[: len(jpeg) // 2], "truncated JPEG"),
+        (jpeg[:-2], "truncated JPEG"),
+        (jpeg[:30], "truncated JPEG"),
+        (jpeg[:4], "truncated JPEG"),
+        (_file(photo, "JPEG", progressive=True)[:20000], "truncated JPEG"),
+        (png[: len(png) // 2], "damaged"),
+        (png[:20], "truncated header"),
+        (_png_bomb(60000, 60000), "60000x60000 pixels"),
+        (_png_bomb(0, 10), "no pixels"),
+        (_png_bomb(100, 100), "damaged"),
+        (huge, "65500x65500 pixels"),
+        (struct.pack("<2sIHHIIii", b"BM", 60, 0, 0, 54, 40, 1 << 20, -(1 << 20)) + bytes(40), "pixels, more"),
+        (b"GIF89a\x01", "truncated header"),
+    ]:
+        with pytest.raises(RejectedError, match=reason):
+            prepare(data)
+    assert MAX_PIXELS * 3 <= 1 << 29
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from(
+        [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"RIFF\0\0\0\0WEBPVP8 ", b""]
+    ),
+    rest=st.binary(max_size=200),
+)
+def test_hostile_bytes_never_do_more_than_be_rejected(kind: bytes, rest: bytes) -> None:
+    try:
+        assert prepare(kind + rest, 8).shape == (8, 8, 3)
+    except RejectedError as error:
+        assert str(error)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cut=st.integers(0, 10**9), flip=st.integers(0, 7), keep=st.booleans())
+def test_damaged_jpegs_never_crash(photo: Image.Image, cut: int, flip: int, keep: bool) -> None:
+    data = bytearray(_file(photo.resize((64, 64)), "JPEG"))
+    position = cut % len(data)
+    data[position] ^= 1 << flip
+    with contextlib.suppress(RejectedError):
+        prepare(bytes(data) if keep else bytes(data[:position]), 32)
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "png", "raw"])
+def test_encodings_keep_the_picture(photo: Image.Image, encoding: str) -> None:
+    rgb = prepare(_file(photo, "PNG"))
+    data = np.frombuffer(encode(rgb, encoding, 90), np.uint8)
+    back = data.reshape(256, 256, 3) if encoding == "raw" else decode(data, 256)
+    assert back is not None
+    if encoding == "jpeg":
+        assert cv2.PSNR(back, rgb) > 30
+    else:
+        assert np.array_equal(back, rgb)
+
+
+def test_a_record_of_another_size_does_not_decode(photo: Image.Image) -> None:
+    data = np.frombuffer(_file(photo, "JPEG"), np.uint8)
+    assert decode(data, 512) is not None
+    assert decode(data, 256) is None and decode(data[:50], 512) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(0, 255), st.integers(1, 256)), max_size=6))
+def test_statistics_are_exact(seeds: list[tuple[int, int, int]]) -> None:
+    statistics = Statistics(17)
+    sums, products = np.zeros((17, 17, 3), np.int64), np.zeros((3, 3), np.int64)
+    for seed, low, span in seeds:
+        rng = np.random.default_rng(seed)
+        rgb = np.minimum(255, low + rng.integers(0, span, (17, 17, 3))).astype(np.uint8)
+        statistics.add_bgr(np.ascontiguousarray(rgb[..., ::-1]))
+        sums += rgb
+        pixels = rgb.reshape(-1, 3).astype(np.int64)
+        products += pixels.T @ pixels
+    statistics.flush()
+    assert np.array_equal(statistics.sums, sums)
+    assert statistics.products == products.tolist()
+
+
+def test_statistics_stay_exact_beyond_float_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    white = np.full((1, 1, 3), 255, np.uint8)
+    statistics = Statistics(1)
+    for _ in range(66_000):
+        statistics.add_bgr(white)
+    statistics.flush()
+    assert (statistics.sums == 66_000 * 255).all()
+    assert statistics.products == [[66_000 * 255**2] * 3] * 3
+    big = Statistics(1024)
+    big.add_bgr(np.full((1024, 1024, 3), 255, np.uint8))
+    assert big.products == [[1024**2 * 255**2] * 3] * 3

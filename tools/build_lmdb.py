@@ -1,0 +1,173 @@
+"""Turn raw images into LMDB shards: python tools/build_lmdb.py SOURCE [OUT]."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from pipeline.build import MAX_IMAGES_PER_SHARD, Options, Summary, build_split
+from pipeline.raw import find_splits, open_source
+from pipeline.shards import ENCODINGS, MANIFEST, Manifest
+
+DEFAULT_QUALITY = 90
+SHOWN_REASONS = 5
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False), default=Path("data/imagenet"))
+@click.option(
+    "--split", type=click.Choice(["train", "val"]), help="Build this one only.  [default: all found]"
+)
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Lines `filename label`, for images without class folders; a label is a wnid or a number.",
+)
+@click.option(
+    "--devkit",
+    type=click.Path(path_type=Path, exists=True),
+    help="ILSVRC2012_devkit_t12.tar.gz or its folder: validation labels and class names."
+    "  [default: looked for beside the images]",
+)
+@click.option(
+    "--names",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Lines `wnid name`.  [default: LOC_synset_mapping.txt or synset_words.txt beside the images]",
+)
+@click.option(
+    "--workers", type=click.IntRange(1), help="Processes that decode and write.  [default: one a core]"
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(ENCODINGS),
+    default="jpeg",
+    show_default=True,
+    help="How images are stored.",
+)
+@click.option("--quality", type=click.IntRange(1, 100), help=f"Of the JPEGs.  [default: {DEFAULT_QUALITY}]")
+@click.option(
+    "--size", type=click.IntRange(1, 4096), default=256, show_default=True, help="Side of the stored squares."
+)
+@click.option(
+    "--images-per-shard",
+    type=click.IntRange(1),
+    help=f"At most.  [default: {MAX_IMAGES_PER_SHARD:,}, fewer where there are few images]",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the shuffle."
+)
+@click.option("--resume", is_flag=True, help="Continue an interrupted build; give the same options.")
+@click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new data set is complete.")
+def main(
+    source: Path,
+    out: Path,
+    split: str | None,
+    labels: Path | None,
+    devkit: Path | None,
+    names: Path | None,
+    workers: int | None,
+    encoding: str,
+    quality: int | None,
+    size: int,
+    images_per_shard: int | None,
+    seed: int,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Turn raw images into LMDB shards in OUT/train and OUT/val (default OUT: data/imagenet).
+
+    SOURCE is one of:
+
+    \b
+      a folder of class folders          SOURCE/<wnid>/**/*.JPEG (any image type)
+      a folder with train/ and val/      each a folder of class folders, or flat with --labels or --devkit
+      the official tars, never unpacked  ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (with the devkit)
+      a folder that holds those tars
+
+    Images become squares of --size pixels: short side scaled, centre cut out. EXIF orientation is ignored. What
+    cannot be decoded is left out and listed in the manifest with the reason. The same source, options and seed
+    give the same bytes for any number of workers.
+    """
+    if resume and overwrite:
+        raise click.UsageError("--resume continues a build and --overwrite starts afresh: give one of them")
+    if quality is not None and encoding != "jpeg":
+        raise click.UsageError(f"--quality is for JPEGs, but --encoding is {encoding}")
+    quality = (quality or DEFAULT_QUALITY) if encoding == "jpeg" else None
+    options = Options(size, encoding, quality, images_per_shard, seed)
+    splits = find_splits(source, split)
+    if labels and len(splits) > 1:
+        raise click.UsageError("--labels is for one split: give --split train or --split val as well")
+    try:
+        for name, path in splits.items():
+            with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:
+                images = open_source(
+                    path,
+                    name,
+                    labels=labels,
+                    devkit=devkit,
+                    names=names,
+                    train_wnids=_train_wnids(out) if name == "val" else None,
+                    tick=lambda _: bar.update(),
+                )
+            with tqdm(desc=name, total=len(images.images), unit=" images", smoothing=0.1) as bar:
+                summary = build_split(
+                    images,
+                    out,
+                    options,
+                    workers=workers or len(os.sched_getaffinity(0)),
+                    resume=resume,
+                    overwrite=overwrite,
+                    progress=_progress_of(bar),
+                )
+            _report(summary)
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted: continue with --resume.", err=True)
+        sys.exit(130)
+
+
+def _train_wnids(out: Path) -> list[str] | None:
+    """The classes that validation labels have to follow, where the training set is there already."""
+    if not (out / "train" / MANIFEST).exists():
+        return None
+    return [str(entry["wnid"]) for entry in Manifest.load(out / "train").classes]
+
+
+def _progress_of(bar: Any) -> Callable[[int, int], None]:
+    """Show on a tqdm bar what `build_split` says."""
+    first = True
+
+    def progress(done: int, total: int) -> None:
+        nonlocal first
+        if first:  # what an earlier run has done must not count as this one's speed
+            bar.initial = bar.n = done
+            bar.start_t = bar.last_print_t = time.time()
+            first = False
+        bar.n = done
+        bar.refresh()
+
+    return progress
+
+
+def _report(summary: Summary) -> None:
+    """The last lines: counts, speed and the first reasons for rejection."""
+    accepted, rejected = summary.accepted, len(summary.rejected)
+    done = accepted + rejected - summary.resumed
+    resumed = f" ({summary.resumed:,} from before)" if summary.resumed else ""
+    click.echo(
+        f"{summary.split_dir}: {accepted + rejected:,} images seen{resumed} = {accepted:,} accepted + "
+        f"{rejected:,} rejected, {summary.seconds:.1f} s, {done / max(summary.seconds, 1e-9):,.0f} images/s"
+    )
+    for entry in summary.rejected[:SHOWN_REASONS]:
+        click.echo(f"  rejected {entry['source']!r}: {entry['reason']}")
+    if rejected > SHOWN_REASONS:
+        click.echo(f"  and {rejected - SHOWN_REASONS:,} more, all in {summary.split_dir / MANIFEST}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Check a data set to the last byte: python tools/verify_lmdb.py DATA."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from pipeline import DataError
+from pipeline.shards import MANIFEST, Manifest
+from pipeline.verify import count_duplicates, verify_split
+
+
+@click.command(context_settings={"max_content_width": 100})
+@click.argument("data", type=click.Path(path_type=Path), default=Path("data/imagenet"))
+@click.option(
+    "--workers", type=click.IntRange(1), help="Processes that read and decode.  [default: one a core]"
+)
+def main(data: Path, workers: int | None) -> None:
+    """Check every checksum, record and image of DATA (its train/ and val/) or of one split (DATA/val).
+
+    Prints a line per shard and names the damaged keys. Exit code 1 when anything is wrong.
+    Images that occur twice are counted, but are no fault: ImageNet has some.
+    """
+    splits = [data] if (data / MANIFEST).exists() else [data / name for name in ("train", "val")]
+    splits = [split for split in splits if split.is_dir()]
+    if not splits:
+        Manifest.load(data / "train")  # its error says how to build one
+    damaged = 0
+    for split in splits:
+        damaged += _verify(split, workers or len(os.sched_getaffinity(0)))
+    if damaged:
+        click.echo(f"{damaged} damaged: restore those files from a copy or build the split again.", err=True)
+        sys.exit(1)
+
+
+def _verify(split: Path, workers: int) -> int:
+    """Print what is found in one split; returns how many of its parts are damaged."""
+    try:
+        with tqdm(desc=f"{split.name}", unit=" images", leave=False) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total, bar.n = total, done
+                bar.refresh()
+
+            manifest, reports, problems = verify_split(split, workers, progress)
+    except DataError as error:
+        click.echo(f"{split}: {error.message}")
+        return 1
+    click.echo(
+        f"{split}: {manifest.count:,} images, {len(manifest.classes)} classes, {manifest.encoding}, "
+        f"{len(manifest.rejected)} rejected, {count_duplicates(reports)} occurring twice"
+    )
+    for problem in problems:
+        click.echo(f"  {problem}")
+    width = max(len(report.name) for report in reports) if reports else 0
+    for report in reports:
+        state = "damaged" if report.problems else "ok"
+        click.echo(f"  {report.name:{width}}  {report.count:8,} records  {state}")
+        for problem in report.problems:
+            click.echo(f"    {problem}")
+    return len(problems) + sum(bool(report.problems) for report in reports)
+
+
+if __name__ == "__main__":
+    main()
