@@ -1,0 +1,153 @@
+"""tools/evaluate.py against a slow reference: one image at a time, in NumPy."""
+
+import csv
+import json
+import re
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from trained import CROP, make_run, softmax
+
+from model import checkpoint
+from model.evaluation import evaluate as evaluate_in_training
+from model.parallel import Ranks, launch
+from pipeline.loader import eval_loader
+from pipeline.shards import ShardReader
+from tools import evaluate as tool
+from tools.common import load_run, stored_image
+
+QUICK = ["--gpus", "0", "--workers", "0", "--no-progress"]
+
+
+def invoke(*arguments, code=0):
+    done = CliRunner().invoke(tool.main, [*map(str, arguments), *QUICK])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [make_run(folder / "a", dataset), make_run(folder / "b", dataset, "bn", mean="channel", seed=1)]
+
+
+def reference(run, dataset, crops):
+    """Averaged softmax (count, classes) and labels, by plain loops over images and crops."""
+    trained, reader = load_run(run), ShardReader(dataset / "val")
+    edge = 256 - CROP
+    corners = [(edge // 2, edge // 2)]
+    if crops == 10:
+        corners = [(0, 0), (0, edge), (edge, 0), (edge, edge), (edge // 2, edge // 2)]
+    probabilities, labels = [], []
+    for index in range(len(reader)):
+        image = stored_image(reader, index).astype(np.float32) - trained.preprocess.mean
+        views = []
+        for top, left in corners:
+            crop = image[top : top + CROP, left : left + CROP]
+            views += [crop, crop[:, ::-1]] if crops == 10 else [crop]
+        with torch.no_grad():
+            logits = trained.network(torch.tensor(np.stack(views)).permute(0, 3, 1, 2)).double().numpy()
+        probabilities.append(softmax(logits).mean(0))
+        labels.append(reader.read(index)[1])
+    return np.array(probabilities), np.array(labels)
+
+
+def expected(probabilities, labels):
+    best = np.argsort(-probabilities, axis=1)
+    return {
+        "loss": -np.log(probabilities[range(len(labels)), labels]).mean(),
+        "top1": (best[:, 0] == labels).mean(),
+        "top5": (best[:, :5] == labels[:, None]).any(1).mean(),
+        "count": len(labels),
+    }
+
+
+@pytest.mark.parametrize("crops", [1, 10])
+def test_one_network_and_an_ensemble_equal_the_slow_reference(runs, dataset, tmp_path, crops):
+    invoke(*runs, "--data", dataset, "--crops", crops, "--batch", 50, "--json", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    first, labels = reference(runs[0], dataset, crops)
+    second, _ = reference(runs[1], dataset, crops)
+    wanted = [expected(p, labels) for p in (first, second, (first + second) / 2)]
+    assert [row["network"] for row in found["networks"]][2] == "average of 2"
+    for row, numbers in zip(found["networks"], wanted, strict=True):
+        assert {k: row[k] for k in numbers} == pytest.approx(numbers, rel=2e-4)
+    assert found["count"] == len(labels) == 24 and found["crops"] == crops
+
+
+def test_training_validates_the_same(runs, dataset):
+    trained, reader = load_run(runs[0]), ShardReader(dataset / "val")
+    loader = eval_loader(reader, trained.preprocess, 7, workers=0)
+    wanted = evaluate_in_training(trained.network, loader, Ranks())
+    found = tool.score(*tool.judge(trained, reader, Ranks(), batch=5, workers=0, progress=False))
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def _two_ranks(ranks, config):
+    run, data, out = config
+    torch.set_num_threads(1)
+    results = tool.judge(load_run(run), ShardReader(data / "val"), ranks, batch=5, workers=0, progress=False)
+    if ranks.first:
+        torch.save(results, out)
+
+
+def test_ranks_share_the_images_and_count_each_once(runs, dataset, tmp_path):
+    launch(_two_ranks, (runs[1], dataset, tmp_path / "two.pt"), 2, gpu=False)
+    logp, labels = torch.load(tmp_path / "two.pt")
+    alone = tool.judge(load_run(runs[1]), ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
+    assert torch.equal(labels, alone[1])
+    torch.testing.assert_close(logp, alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_classes_and_confusion_add_up(runs, dataset, tmp_path):
+    out = tmp_path / "new folder"
+    said = invoke(
+        runs[0], "--data", dataset, "--csv", out / "c.csv", "--confusion", out / "c.png", "--json", "-"
+    )
+    result = json.loads(said.stdout)  # and nothing else on the standard output
+    probabilities, labels = reference(runs[0], dataset, 1)
+    guesses = probabilities.argmax(1)
+    rows = list(csv.DictReader((out / "c.csv").open()))
+    assert [row["wnid"] for row in rows] == ["astronaut", "chelsea", "coffee", "rocket"]
+    for label, row in enumerate(rows):
+        own = guesses[labels == label]
+        assert int(row["images"]) == len(own)
+        assert float(row["top1"]) == pytest.approx((own == label).mean(), abs=1e-6)
+    hits = sum(float(row["top1"]) * int(row["images"]) for row in rows)
+    assert hits / 24 == pytest.approx(result["top1"], abs=1e-6)
+    picture = cv2.imread(str(out / "c.png"))
+    assert picture is not None and min(picture.shape[:2]) > 300
+
+
+def test_confusion_has_true_rows_and_a_picture_for_a_thousand_classes():
+    logp = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]).log()
+    counts = tool.confusion(logp, torch.tensor([0, 0, 1]))
+    assert counts.tolist() == [[1, 1], [0, 1]]
+    many = torch.eye(1000, dtype=torch.int64) * 3
+    many[3, 7] = 2
+    assert tool.confusion_figure(many, [f"class ${i}" for i in range(1000)]).axes
+
+
+def one_line(done):
+    assert re.fullmatch(r"(Usage: .*\n.*\n\n)?Error: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr
+
+
+def test_what_is_wrong_is_said_in_one_line(runs, dataset, tmp_path):
+    state = checkpoint.load(runs[0] / "best.pt")
+    wnids = [*state["classes"][:-1], {"wnid": "teapot", "name": None}]
+    checkpoint.save(tmp_path / "other.pt", state | {"classes": wnids})
+    error = one_line(invoke(tmp_path / "other.pt", "--data", dataset, code=1))
+    assert "label 3 is 'teapot' there and 'rocket' here" in error
+    assert "no run at" in one_line(invoke(tmp_path / "none", "--data", dataset, code=1))
+    assert "no data set" in one_line(invoke(runs[0], "--data", tmp_path, code=1))
+    checkpoint.save(tmp_path / "strange.pt", {"weights": 1})
+    assert "no checkpoint of" in one_line(invoke(tmp_path / "strange.pt", "--data", dataset, code=1))
+    (tmp_path / "file").touch()
+    error = one_line(invoke(runs[0], "--data", dataset, "--csv", tmp_path / "file" / "c.csv", code=1))
+    assert "cannot write" in error
+    error = one_line(invoke(runs[0], "--data", dataset, "--confusion", tmp_path / "c.xyz", code=1))
+    assert "c.png" in error
