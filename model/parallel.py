@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -51,6 +52,18 @@ class Ranks:
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next step, on the CPU about a fifth of the step's time.
+
+    By default it hands large blocks back to the kernel, which clears every page anew for the next tensor.
+    Does nothing where the C library is not glibc.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for large tensors
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all of the heap
+
+
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
@@ -68,6 +81,8 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
         place = Ranks(rank, world, local_rank, local_world, gpu)
         _as_rank(place, "env://", work, config)
     elif ranks == 1:
+        if not gpu:
+            keep_freed_memory()
         work(Ranks(gpu=gpu), config)
     else:
         with socket.socket() as probe:
@@ -99,6 +114,7 @@ def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: 
         torch.cuda.set_device(ranks.device)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+        keep_freed_memory()
     dist.init_process_group(
         "nccl" if ranks.gpu else "gloo",
         init_method=init_method,

@@ -7,6 +7,8 @@ https://docs.nvidia.com/deeplearning/dali/user-guide/docs/examples/general/data_
 
 from __future__ import annotations
 
+import ctypes
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +21,23 @@ from pipeline.shards import ShardReader
 # label int64 (n,), anchor int32 (n, 2), flip int32 (n,), shift float32 (n, 3) in levels of 0..255
 FeedBatch = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def _read(reader: ShardReader, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     records, labels = zip(*(reader.read(int(i)) for i in samples), strict=True)
     return list(records), np.array(labels, dtype=np.int64)
 
 
+class _Feed:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Only happens in a reader process, which has to go when the trainer does, however that ends."""
+        self.__dict__.update(state)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @dataclass
-class TrainFeed:
+class TrainFeed(_Feed):
     """This rank's share of every global batch from `first_step` on, across epochs without a pause.
 
     Steps are counted from the start of training: step // steps_per_epoch is the epoch. Ends before `end_step`.
@@ -58,7 +69,7 @@ class TrainFeed:
 
 
 @dataclass
-class EvalFeed:
+class EvalFeed(_Feed):
     """This rank's share of the whole set in order, every image exactly once; the last batch may be smaller."""
 
     reader: ShardReader

@@ -473,10 +473,8 @@ class _Devkit:
         self.wnid_of_id: dict[int, str] = {}
         self.names: dict[str, str] = {}
         try:
-            import scipy.io  # type: ignore[import-untyped]  # only the devkit needs it
-        except ImportError:
-            raise DataError("reading the devkit needs SciPy: pip install scipy") from None
-        try:
+            import scipy.io  # takes a moment to import, and only the devkit needs it
+
             synsets = scipy.io.loadmat(io.BytesIO(self._files[_DEVKIT_MEMBERS[0]]), squeeze_me=True)[
                 "synsets"
             ]

@@ -91,7 +91,7 @@ def test_two_ranks_follow_the_same_curve_as_one(whole, dataset, tmp_path):
     run("--data", dataset, "--out", tmp_path / "one", "--epochs", 2, "--amp", "off", *SMALL)
     one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
     for key in one["model"]:
-        torch.testing.assert_close(one["model"][key], two["model"][key], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(one["model"][key], two["model"][key], atol=5e-5, rtol=1e-3)
 
 
 def test_accumulating_gives_the_same_step(dataset, tmp_path):
@@ -99,7 +99,7 @@ def test_accumulating_gives_the_same_step(dataset, tmp_path):
     run("--data", dataset, "--out", tmp_path / "b", "--epochs", 1, "--amp", "off", "--accumulate", 4, *SMALL)
     one, four = newest(tmp_path / "a"), newest(tmp_path / "b")
     for key in one["model"]:
-        torch.testing.assert_close(one["model"][key], four["model"][key], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(one["model"][key], four["model"][key], atol=5e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["owt", "bn"])
