@@ -34,25 +34,28 @@ def runs(dataset, tmp_path_factory):
     return [make_run(folder / "a", dataset), make_run(folder / "b", dataset, "bn", mean="channel", seed=1)]
 
 
-def reference(run, dataset, crops):
-    """Averaged softmax (count, classes) and labels, by plain loops over images and crops."""
-    trained, reader = load_run(run), ShardReader(dataset / "val")
+CENTER = 8  # of the ten views below
+
+
+@pytest.fixture(scope="module")
+def reference(runs, dataset):
+    """For each run the softmax of ten views (count, 10, classes), image by image; and the labels."""
     edge = 256 - CROP
-    corners = [(edge // 2, edge // 2)]
-    if crops == 10:
-        corners = [(0, 0), (0, edge), (edge, 0), (edge, edge), (edge // 2, edge // 2)]
-    probabilities, labels = [], []
-    for index in range(len(reader)):
-        image = stored_image(reader, index).astype(np.float32) - trained.preprocess.mean
-        views = []
-        for top, left in corners:
-            crop = image[top : top + CROP, left : left + CROP]
-            views += [crop, crop[:, ::-1]] if crops == 10 else [crop]
-        with torch.no_grad():
-            logits = trained.network(torch.tensor(np.stack(views)).permute(0, 3, 1, 2)).double().numpy()
-        probabilities.append(softmax(logits).mean(0))
-        labels.append(reader.read(index)[1])
-    return np.array(probabilities), np.array(labels)
+    corners = [(0, 0), (0, edge), (edge, 0), (edge, edge), (edge // 2, edge // 2)]
+    reader = ShardReader(dataset / "val")
+    labels = np.array([reader.read(i)[1] for i in range(len(reader))])
+    softmaxes = []
+    for trained in map(load_run, runs):
+        each = []
+        for index in range(len(reader)):
+            image = stored_image(reader, index).astype(np.float32) - trained.preprocess.mean
+            crops = [image[top : top + CROP, left : left + CROP] for top, left in corners]
+            views = np.stack([view for crop in crops for view in (crop, crop[:, ::-1])])
+            with torch.no_grad():
+                logits = trained.network(torch.tensor(views).permute(0, 3, 1, 2))
+            each.append(softmax(logits.double().numpy()))
+        softmaxes.append(np.stack(each))
+    return softmaxes, labels
 
 
 def expected(probabilities, labels):
@@ -66,11 +69,11 @@ def expected(probabilities, labels):
 
 
 @pytest.mark.parametrize("crops", [1, 10])
-def test_one_network_and_an_ensemble_equal_the_slow_reference(runs, dataset, tmp_path, crops):
+def test_one_network_and_an_ensemble_equal_the_slow_reference(runs, reference, dataset, tmp_path, crops):
     invoke(*runs, "--data", dataset, "--crops", crops, "--batch", 50, "--json", tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())
-    first, labels = reference(runs[0], dataset, crops)
-    second, _ = reference(runs[1], dataset, crops)
+    softmaxes, labels = reference
+    first, second = (s.mean(1) if crops == 10 else s[:, CENTER] for s in softmaxes)
     wanted = [expected(p, labels) for p in (first, second, (first + second) / 2)]
     assert [row["network"] for row in found["networks"]][2] == "average of 2"
     for row, numbers in zip(found["networks"], wanted, strict=True):
@@ -102,14 +105,15 @@ def test_ranks_share_the_images_and_count_each_once(runs, dataset, tmp_path):
     torch.testing.assert_close(logp, alone[0], rtol=1e-4, atol=1e-4)
 
 
-def test_classes_and_confusion_add_up(runs, dataset, tmp_path):
+def test_classes_and_confusion_add_up(runs, reference, dataset, tmp_path):
     out = tmp_path / "new folder"
+    (tmp_path / "val").symlink_to(dataset / "val")  # and no train/: the mean comes with the checkpoint
     said = invoke(
-        runs[0], "--data", dataset, "--csv", out / "c.csv", "--confusion", out / "c.png", "--json", "-"
+        runs[0], "--data", tmp_path, "--csv", out / "c.csv", "--confusion", out / "c.png", "--json", "-"
     )
     result = json.loads(said.stdout)  # and nothing else on the standard output
-    probabilities, labels = reference(runs[0], dataset, 1)
-    guesses = probabilities.argmax(1)
+    (first, _), labels = reference
+    guesses = first[:, CENTER].argmax(1)
     rows = list(csv.DictReader((out / "c.csv").open()))
     assert [row["wnid"] for row in rows] == ["astronaut", "chelsea", "coffee", "rocket"]
     for label, row in enumerate(rows):

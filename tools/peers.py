@@ -4,7 +4,7 @@ from types import ModuleType
 
 import torch
 
-_SCHEMAS = []  # torch forgets a schema when its Library object goes
+_SCHEMAS: list[torch.library.Library] = []  # torch forgets a schema when its Library object goes
 
 
 def import_torchvision() -> ModuleType:

@@ -1,0 +1,513 @@
+"""Every stage of the main job against the machine's own limit and against what a user would pick instead.
+
+Each figure is a ratio of rates taken in turns in one run, so that it holds on a noisy machine too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from model import recipe
+from model.alexnet import AlexNet
+from model.lrn import LRN
+from pipeline.loader import Loader, Preprocess, cpu_threads, train_loader
+from pipeline.plan import Plan
+from pipeline.prepare import encode, prepare
+from pipeline.shards import Manifest, ShardReader
+from tools.peers import import_torchvision
+from train import amp_dtype
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("build", "read", "load", "lrn", "step", "train", "scale")
+IMAGENET, IMAGENET_21K = 1_281_167, 15_000_000
+
+
+@dataclass
+class Row:
+    """One line of the table; `ours`, `limit` and `peer` are rates in `unit`, higher is better."""
+
+    stage: str
+    what: str
+    unit: str
+    ours: float
+    limit: float | None = None
+    limit_is: str = ""
+    peer: float | None = None
+    peer_is: str = ""
+
+    @property
+    def of_limit(self) -> float | None:
+        return self.ours / self.limit if self.limit else None
+
+    @property
+    def of_peer(self) -> float | None:
+        return self.ours / self.peer if self.peer else None
+
+
+@dataclass
+class Bench:
+    """What the stages share: photographs, a folder to build in, the device, how often to measure."""
+
+    photographs: Path
+    work: Path
+    device: torch.device
+    rounds: int
+    workers: int
+    batch: int
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(p for p in (self.photographs / "train").rglob("*") if p.is_file())
+
+    @property
+    def data(self) -> Path:
+        """The shards of the photographs, built once."""
+        data = self.work / "data"
+        if not (data / "train").exists():
+            build(self.photographs / "train", data, self.workers)
+        return data
+
+    @property
+    def threads(self) -> int:
+        return cpu_threads()
+
+    def rates(self, *contestants: Callable[[], float]) -> list[float]:
+        """The median rate of each, run in turns; a contestant returns how many items a second it did."""
+        taken: list[list[float]] = [[] for _ in contestants]
+        for _ in range(self.rounds):
+            for rates, contestant in zip(taken, contestants, strict=True):
+                rates.append(contestant())
+        return [statistics.median(rates) for rates in taken]
+
+    def seconds(self, work: Callable[[], object], least: float = 0.5) -> float:
+        """Seconds one call takes, warm, over at least `least` seconds; CUDA events on a GPU."""
+        work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            calls, began = 0, time.perf_counter()
+            start.record()
+            while time.perf_counter() - began < least:
+                work()
+                calls += 1
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1000 / calls
+        calls, began = 0, time.perf_counter()
+        while time.perf_counter() - began < least or not calls:
+            work()
+            calls += 1
+        return (time.perf_counter() - began) / calls
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def build(source: Path, out: Path, workers: int) -> float:
+    """Images a second of tools/build_lmdb.py as a whole process, start-up and manifest included."""
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    command = [
+        sys.executable,
+        str(ROOT / "tools/build_lmdb.py"),
+        str(source),
+        str(out),
+        "--workers",
+        str(workers),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    seconds = time.perf_counter() - began
+    return sum(Manifest.load(out / s).count for s in ("train", "val") if (out / s).exists()) / seconds
+
+
+def bench_build(bench: Bench) -> Iterator[Row]:
+    """Decode, resize, encode of the same files in a bare loop; and the converter one writes with Pillow."""
+    contents = [path.read_bytes() for path in bench.files]
+    source = bench.photographs / "train"
+
+    def bare() -> float:
+        cv2.setNumThreads(1)
+        began = time.perf_counter()
+        for content in contents:
+            encode(prepare(content), "jpeg", 90)
+        return len(contents) / (time.perf_counter() - began)
+
+    def pillow() -> float:
+        from io import BytesIO
+
+        from PIL import Image
+
+        began = time.perf_counter()
+        for path in bench.files:
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
+            scale = 256 / min(image.size)
+            image = image.resize(
+                (max(256, round(image.width * scale)), max(256, round(image.height * scale)))
+            )
+            left, top = (image.width - 256) // 2, (image.height - 256) // 2
+            buffer = BytesIO()
+            image.crop((left, top, left + 256, top + 256)).save(buffer, "JPEG", quality=90)
+            (bench.work / "pillow.jpg").write_bytes(buffer.getvalue())
+        return len(contents) / (time.perf_counter() - began)
+
+    for workers in sorted({1, bench.workers}):
+        ours, limit, peer = bench.rates(partial(build, source, bench.work / "built", workers), bare, pillow)
+        yield Row(
+            "build", f"{workers} workers, whole command", "images/s", ours,
+            limit * workers, f"bare decode+resize+encode x {workers}", peer * workers, f"Pillow loop x {workers}",
+        )  # fmt: skip
+
+
+def bench_read(bench: Bench) -> Iterator[Row]:
+    """Random reads of records by one process against copying the same bytes in memory."""
+    reader = ShardReader(bench.data / "train")
+    order = np.random.default_rng(0).integers(0, len(reader), 20_000).tolist()
+    held = [np.array(reader.read(i)[0]) for i in range(len(reader))]
+
+    def ours() -> float:
+        began = time.perf_counter()
+        for index in order:
+            reader.read(index)
+        return len(order) / (time.perf_counter() - began)
+
+    def copy() -> float:
+        began = time.perf_counter()
+        for index in order:
+            held[index].copy()
+        return len(order) / (time.perf_counter() - began)
+
+    mine, limit = bench.rates(ours, copy)
+    yield Row("read", "random order, one worker", "images/s", mine, limit, "memory copy of the same bytes")
+
+
+def loader(bench: Bench, data: Path, steps: int, mean: str = "pixel") -> Loader:
+    reader = ShardReader(data / "train")
+    preprocess = Preprocess.load(data / "train", 224, mean)
+    gpu = bench.device.type == "cuda"
+    plan = Plan(len(reader), min(bench.batch, len(reader)))
+    return train_loader(
+        reader, plan, preprocess, end_step=steps, device="gpu" if gpu else "cpu",
+        device_id=0 if gpu else None, threads=bench.threads, half=gpu,
+    )  # fmt: skip
+
+
+def load_rate(bench: Bench, data: Path, mean: str = "pixel", images: int = 4000) -> float:
+    """Images a second out of the loader, start-up and the first, prefetched batches left out."""
+    steps = max(8, images // bench.batch)
+    batches = loader(bench, data, steps + 4, mean)
+    for _ in range(4):
+        next(batches)
+    bench.sync()
+    began, done = time.perf_counter(), 0
+    for _ in range(steps):
+        done += len(next(batches)[1])
+    bench.sync()
+    rate = done / (time.perf_counter() - began)
+    batches.close()
+    return rate
+
+
+def bench_load(bench: Bench) -> Iterator[Row]:
+    """Augmented batches against bare libjpeg-turbo decodes of the same records on as many threads."""
+    reader = ShardReader(bench.data / "train")
+    records = [np.array(reader.read(i)[0]) for i in range(len(reader))]
+    cv2.setNumThreads(1)
+
+    def bare() -> float:
+        with ThreadPoolExecutor(bench.threads) as pool:
+            began = time.perf_counter()
+            for _ in range(max(1, 4000 // len(records))):
+                for _ in pool.map(
+                    lambda record: cv2.imdecode(record, cv2.IMREAD_COLOR), records, chunksize=32
+                ):
+                    pass
+            return max(1, 4000 // len(records)) * len(records) / (time.perf_counter() - began)
+
+    def torchvision_loader() -> float:
+        tv = import_torchvision()
+        transform = tv.transforms.Compose(
+            [
+                tv.transforms.RandomResizedCrop(224),
+                tv.transforms.RandomHorizontalFlip(),
+                tv.transforms.ToTensor(),
+                tv.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+        images = tv.datasets.ImageFolder(str(bench.photographs / "train"), transform)
+        batches = torch.utils.data.DataLoader(
+            images, bench.batch, shuffle=True, num_workers=bench.threads, drop_last=True
+        )
+        stream = iter(batches)
+        next(stream)  # the workers' start
+        began, done = time.perf_counter(), 0
+        for _, labels in stream:
+            done += len(labels)
+        return done / (time.perf_counter() - began)
+
+    for mean in ("pixel", "channel"):
+        ours, limit, peer = bench.rates(partial(load_rate, bench, bench.data, mean), bare, torchvision_loader)
+        yield Row(
+            "load", f"shards to augmented batches, {mean} mean", "images/s", ours,
+            limit, f"bare libjpeg-turbo decode, {bench.threads} threads",
+            peer, "torchvision ImageFolder + DataLoader",
+        )  # fmt: skip
+
+
+def bench_lrn(bench: Bench) -> Iterator[Row]:
+    """Forward and backward of both layers against one read and one write of each tensor they must touch."""
+    dtype = amp_dtype("auto", bench.device) or torch.float32
+    for name, shape in (("conv1", (96, 55, 55)), ("conv2", (256, 27, 27))):
+        x = torch.randn(bench.batch, *shape, device=bench.device, dtype=dtype)
+        x = x.to(memory_format=torch.channels_last).relu_().requires_grad_()
+        grad = torch.randn_like(x)
+
+        def run(forward: Callable[[torch.Tensor], torch.Tensor], x: Any = x, grad: Any = grad) -> float:
+            def both() -> None:
+                x.grad = None
+                forward(x).backward(grad)
+
+            return bench.batch / bench.seconds(both)
+
+        # forward reads x and writes y; backward reads x and the gradient and writes the gradient of x
+        source, target = (torch.empty_like(x, requires_grad=False) for _ in range(2))
+
+        def touch(source: Any = source, target: Any = target, x: Any = x) -> float:
+            def both() -> None:
+                with torch.no_grad():
+                    target.copy_(source)
+                    torch.add(source, x, out=target)
+
+            return bench.batch / bench.seconds(both)
+
+        ours, limit, peer = bench.rates(
+            partial(run, LRN()),
+            touch,
+            partial(run, lambda t: F.local_response_norm(t, 5, 5e-4, 0.75, 2.0)),
+        )
+        yield Row(
+            "lrn", f"after {name}, forward + backward", "images/s",
+            ours, limit, "each tensor read or written once", peer, "torch's local_response_norm",
+        )  # fmt: skip
+
+
+class Step:
+    """One training step, forward, backward and update, on batches as they come."""
+
+    def __init__(self, bench: Bench, network: torch.nn.Module) -> None:
+        self.bench, self.amp = bench, amp_dtype("auto", bench.device)
+        self.network = network.to(bench.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = recipe.build_optimizer(self.network)
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.bench.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+            loss = F.cross_entropy(self.network(images).float(), labels)
+        loss.backward()
+        self.optimizer.step()
+
+    def rate(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        return len(labels) / self.bench.seconds(lambda: self(images, labels), least=3.0)
+
+
+def held_batch(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(bench.batch, 3, 224, 224, device=bench.device) * 60
+    labels = torch.randint(0, 1000, (bench.batch,), device=bench.device)
+    return images.to(memory_format=torch.channels_last), labels
+
+
+def flops(network: torch.nn.Module, images: torch.Tensor) -> float:
+    """Of forward and backward an image: multiplications and additions of convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        network(images[:2]).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+def gemm_rate(bench: Bench, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matrix product."""
+    n = 8192 if bench.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
+    return 2 * n**3 / bench.seconds(lambda: a @ b, least=1.0)
+
+
+def bench_step(bench: Bench) -> Iterator[Row]:
+    """The paper's step against the matrix-product rate; without LRN; and torchvision's alexnet."""
+    images, labels = held_batch(bench)
+    network = AlexNet()
+    recipe.initialise(network)
+    work = flops(network, images.cpu())
+    ours, plain = Step(bench, network), Step(bench, AlexNet(lrn=False))
+    peer = Step(bench, import_torchvision().models.alexnet())
+    dtype = ours.amp or torch.float32
+    mine, without, gemm, theirs = bench.rates(
+        lambda: ours.rate(images, labels),
+        lambda: plain.rate(images, labels),
+        lambda: gemm_rate(bench, dtype) / work,
+        lambda: peer.rate(images, labels),
+    )
+    kind = str(dtype).removeprefix("torch.")
+    yield Row(
+        "step", f"paper network, batch {bench.batch}, {kind}", "images/s", mine,
+        gemm, f"{work / 1e9:.2f} GFLOP an image at the {kind} matrix-product rate",
+        theirs, "torchvision alexnet",
+    )  # fmt: skip
+    yield Row("step", "with LRN against without", "images/s", mine, without, "the same network without LRN")
+
+
+def bench_train(bench: Bench) -> Iterator[Row]:
+    """Training from shards against training on one batch held in memory."""
+    network = AlexNet()
+    recipe.initialise(network)
+    step = Step(bench, network)
+    images, labels = held_batch(bench)
+
+    def shards() -> float:
+        batches = loader(bench, bench.data, 16)
+        for _ in range(4):
+            step(*next(batches))
+        bench.sync()
+        began, done = time.perf_counter(), 0
+        for batch_images, batch_labels in batches:
+            step(batch_images, batch_labels)
+            done += len(batch_labels)
+        bench.sync()
+        rate = done / (time.perf_counter() - began)
+        batches.close()
+        return rate
+
+    ours, limit = bench.rates(shards, lambda: step.rate(images, labels))
+    yield Row("train", "from shards", "images/s", ours, limit, "one batch held in memory")
+
+
+def bench_scale(bench: Bench) -> Iterator[Row]:
+    """The same rates at 1, 2, 4 and 8 times the images; the sampler's start at the size of ImageNet and -21k."""
+    rates: dict[int, tuple[float, float, float]] = {}
+    sources = {}
+    for times in (1, 2, 4, 8):
+        sources[times] = bench.work / f"scale{times}"
+        for copy in range(times):
+            for file in bench.files:
+                target = sources[times] / file.parent.name / f"{copy}-{file.name}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(file, target)
+    for times, source in sources.items():
+        out = bench.work / "scaled"
+        built = build(source, out, bench.workers)
+        began = time.perf_counter()
+        next(first := loader(bench, out, 4))
+        start = time.perf_counter() - began
+        first.close()
+        rates[times] = (built, load_rate(bench, out), start)
+        base = rates[1]
+        size = f"{times} x {len(bench.files)} images"
+        yield Row("scale", f"build, {size}", "images/s", built, base[0], "the rate at 1 x")
+        yield Row("scale", f"load, {size}", "images/s", rates[times][1], base[1], "the rate at 1 x")
+        yield Row("scale", f"first batch after start, {size}", "1/s", 1 / start, 1 / base[2], "at 1 x")
+        shutil.rmtree(out)
+    for count in (IMAGENET, IMAGENET_21K):
+        began = time.perf_counter()
+        plan = Plan(count, 128)
+        order = plan.order(0)
+        seconds = time.perf_counter() - began
+        what = f"sampler start at {count:,} images ({order.nbytes / 1e6:.0f} MB)"
+        yield Row("scale", what, "1/s", 1 / seconds)
+        steps = 2000
+        began = time.perf_counter()
+        for step in range(steps):
+            plan.samples(0, step), plan.views(0, step)
+        yield Row(
+            "scale", f"sampler at {count:,} images", "images/s", steps * 128 / (time.perf_counter() - began)
+        )
+
+
+def table(rows: list[Row]) -> str:
+    """The table for people, Markdown."""
+    lines = [
+        "| stage | what | ours | limit | ours / limit | peer | ours / peer |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        limit = f"{row.limit:,.1f} ({row.limit_is})" if row.limit else ""
+        peer = f"{row.peer:,.1f} ({row.peer_is})" if row.peer else ""
+        ratios = [f"{r:.2f}" if r else "" for r in (row.of_limit, row.of_peer)]
+        lines.append(
+            f"| {row.stage} | {row.what} | {row.ours:,.1f} {row.unit} "
+            f"| {limit} | {ratios[0]} | {peer} | {ratios[1]} |"
+        )
+    return "\n".join(lines)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("photographs", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, help="Only these (repeatable).")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Medians over so many turns."
+)
+@click.option("--batch", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=None, show_default="cores", help="Of the build.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows here too."
+)
+@click.option("--cpu", is_flag=True, help="Leave a GPU alone.")
+def main(
+    photographs: Path | None,
+    stages: tuple[str, ...],
+    rounds: int,
+    batch: int,
+    workers: int | None,
+    json_path: Path | None,
+    cpu: bool,
+) -> None:
+    """Measure each stage on PHOTOGRAPHS, class folders in train/ (and val/), on the device that is here.
+
+    Without PHOTOGRAPHS: the demo's tiles. Prints a Markdown table; ratios were taken in turns in this run.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        work = Path(folder)
+        if photographs is None:
+            from tools.demo import cut_tiles
+
+            photographs = work / "photographs"
+            cut_tiles(photographs)
+        else:  # beside the results, so that links to the files can be made
+            shutil.copytree(photographs, work / "photographs")
+            photographs = work / "photographs"
+        bench = Bench(photographs, work, device, rounds, workers or cpu_threads(), batch)
+        rows: list[Row] = []
+        progress = tqdm([s for s in STAGES if not stages or s in stages])
+        for stage in progress:
+            progress.set_description(stage)
+            rows += globals()[f"bench_{stage}"](bench)
+        progress.close()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {cpu_threads()} cores"
+    print(f"Device: {name}; torch {torch.__version__}; medians of {rounds} turns\n\n{table(rows)}")
+    if json_path:
+        listed = [asdict(row) | {"of_limit": row.of_limit, "of_peer": row.of_peer} for row in rows]
+        json_path.write_text(json.dumps({"device": name, "rounds": rounds, "rows": listed}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The whole program on real photographs: tiles or your own class folders -> LMDB -> AlexNet -> pictures."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from pipeline import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+# photographs inside the scikit-image wheel, one class each: a network that tells them apart has learnt the
+# colours and textures of parts of them that it never saw
+PHOTOGRAPHS = [
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+]
+TRAIN_TILES, VAL_TILES = 160, 40  # a class
+TRAIN_IMAGES = 20_000  # to be shown to the network in all: what 2 cores do in about 5 minutes
+MOST_IMAGES = 4_000  # of a user's folders
+
+
+def cut_tiles(out: Path, seed: int = 0) -> None:
+    """Labelled JPEG tiles of many sizes; training and validation come from disjoint parts of each photograph."""
+    import cv2
+    import skimage
+
+    random = np.random.default_rng(seed)
+    for name in PHOTOGRAPHS:
+        photograph = cv2.imread(str(Path(skimage.__file__).parent / "data" / name), cv2.IMREAD_COLOR)
+        if photograph is None:
+            raise DataError(f"the scikit-image wheel has no {name}: install the version in constraints.txt")
+        # the longer axis is divided: the first 70 % for training, the rest for validation
+        axis = int(photograph.shape[1] >= photograph.shape[0])
+        cut = int(photograph.shape[axis] * 0.7)
+        parts = np.split(photograph, [cut], axis=axis)
+        for split, part, tiles in zip(("train", "val"), parts, (TRAIN_TILES, VAL_TILES), strict=True):
+            folder = out / split / Path(name).stem
+            folder.mkdir(parents=True)
+            for i in range(tiles):
+                height, width = (
+                    int(random.integers(min(64, side // 2), min(side, 360) + 1)) for side in part.shape[:2]
+                )
+                top = int(random.integers(0, part.shape[0] - height + 1))
+                left = int(random.integers(0, part.shape[1] - width + 1))
+                tile = part[top : top + height, left : left + width]
+                cv2.imwrite(str(folder / f"{i:04d}.jpg"), tile, [cv2.IMWRITE_JPEG_QUALITY, 95])
+
+
+def split_folders(source: Path, out: Path) -> None:
+    """A user's class folders, at most MOST_IMAGES of them, every fifth image for validation (links, no copies)."""
+    classes = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(classes) < 2:
+        raise DataError(
+            f"{source} has {len(classes)} class folders: put the photographs of each class in its own"
+        )
+    most = max(10, MOST_IMAGES // len(classes))
+    for folder in classes:
+        images = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        if len(images) < 5:
+            raise DataError(f"the class folder {folder} has {len(images)} images: at least 5 are needed")
+        keep = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)
+        for i, index in enumerate(keep):
+            target = out / ("val" if i % 5 == 4 else "train") / folder.name / images[index].name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(images[index], target)
+            except OSError:  # another file system
+                shutil.copyfile(images[index], target)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("photographs", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+@click.option("--train-images", type=click.IntRange(1), default=TRAIN_IMAGES, show_default=True)
+def main(photographs: Path | None, out: Path, train_images: int) -> None:
+    """Build, train, evaluate and show on PHOTOGRAPHS, your own class folders (or train/ and val/ of them).
+
+    Without PHOTOGRAPHS: tiles of the photographs that the scikit-image wheel ships. OUT is made anew.
+    """
+    began = time.monotonic()
+    raw, data, run = out / "photographs", out / "data", out / "run"
+    if out.exists() and not (out / ".demo").exists() and any(out.iterdir()):
+        raise DataError(f"{out} exists and is not of an earlier demo: give another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    raw.mkdir(parents=True)
+    (out / ".demo").touch()
+
+    if photographs is None:
+        print(f"1. Cutting tiles from {len(PHOTOGRAPHS)} photographs into {raw}/train and {raw}/val")
+        cut_tiles(raw)
+    elif (photographs / "train").is_dir() and (photographs / "val").is_dir():
+        raw = photographs
+    else:
+        print(f"1. Splitting {photographs} into {raw}/train and {raw}/val, at most {MOST_IMAGES:,} images")
+        split_folders(photographs, raw)
+
+    print("2. Building the shards")
+    call("tools/build_lmdb.py", raw, data)
+    from pipeline.shards import Manifest
+
+    count = Manifest.load(data / "train").count
+    batch = min(32, count)
+    epochs = max(1, min(30, round(train_images / count)))
+    print(f"3. Training for {epochs} epochs of {count} images")
+    call(
+        "train.py", "--data", data, "--out", run, "--variant", "bn", "--epochs", epochs,
+        "--global-batch", batch, "--schedule", "cosine", "--warmup-epochs", 0.5, "--log-every", 10,
+    )  # fmt: skip
+    print("4. Evaluating: one crop, then the paper's ten")
+    call("tools/evaluate.py", run, "--data", data, "--crops", 1)
+    call("tools/evaluate.py", run, "--data", data, "--crops", 10)
+    print("5. Looking at it")
+    call("tools/show.py", "batch", data, "--out", out / "batch.png")
+    call("tools/show.py", "curves", run, "--out", out / "curves.png")
+    call("tools/show.py", "filters", run, "--out", out / "filters.png")
+    chance = 1 / len(Manifest.load(data / "train").classes)
+    print(
+        f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Guessing is right {chance:.1%} of the time. "
+        f"Pictures: {out}/batch.png, {out}/curves.png, {out}/filters.png"
+    )
+
+
+def call(script: str, *arguments: object) -> None:
+    """Run one of the program's own commands as a user would, and show how it is called."""
+    print("$ python", shlex.join([script, *map(str, arguments)]), flush=True)
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
