@@ -38,7 +38,29 @@ def option(*names: str, **kwargs: Any) -> Any:
     return click.option(*names, show_default=kwargs.pop("show_default", True), **kwargs)
 
 
+def repeat_config(context: click.Context, _parameter: click.Parameter, path: Path | None) -> None:
+    """The options of an earlier run become the defaults of this one; the command line has the last word."""
+    if path is None:
+        return
+    known = {parameter.name for parameter in context.command.params}
+    try:
+        options = json.loads(path.read_text())
+        unknown = options.keys() - known
+    except (OSError, ValueError, AttributeError) as error:
+        raise click.BadParameter(f"{path} is no config.json of a run ({error})") from None
+    if unknown:
+        raise click.BadParameter(
+            f"{path} has options that train.py does not know: {', '.join(sorted(unknown))}"
+        )
+    # where the earlier run lies is its own matter
+    context.default_map = {k: v for k, v in options.items() if v is not None and k not in ("out", "resume")}
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@option(
+    "--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=repeat_config,
+    help="Repeat the run of this config.json; options given here win.",
+)  # fmt: skip
 @option(
     "--data", type=click.Path(path_type=Path), default=Path("data/imagenet"), help="Holds train/ and val/."
 )
@@ -79,6 +101,7 @@ def option(*names: str, **kwargs: Any) -> Any:
 @option("--save-every", type=click.IntRange(0), default=0, help="Steps between checkpoints; 0: each epoch.")
 @option("--log-every", type=click.IntRange(1), default=20, help="Steps between log lines (and loss reads).")
 @option("--tensorboard/--no-tensorboard", default=True)
+@option("--wandb/--no-wandb", default=False, help="Log to Weights & Biases too (pip install wandb).")
 @option("--progress/--no-progress", default=True)
 def main(**config: Any) -> None:
     """Train AlexNet on LMDB shards made by tools/build_lmdb.py.
@@ -337,6 +360,14 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+        self.wandb = None
+        if config["wandb"]:
+            try:
+                import wandb
+            except ImportError:
+                raise ModelError("--wandb needs its package: pip install 'alexnet-dali[wandb]'") from None
+            # the folder's name is the run's: a resumed run goes on in the same one
+            self.wandb = wandb.init(project="alexnet-dali", id=out.name, config=plain, resume="allow")
 
     def _forget_after(self, step: int) -> None:
         """A resumed run repeats the steps after its checkpoint: their lines go, also a half-written one."""
@@ -374,10 +405,12 @@ class Log:
         for row in self._row(entry):
             with self.csv_path.open("a", newline="") as file:
                 csv.DictWriter(file, self.FIELDS).writerow(row)
+        curves = {f"{kind}/{k}": v for k, v in entry.items() if k not in ("kind", "epoch", "step", "count")}
         if self.tensorboard:
-            for key, value in entry.items():
-                if key not in ("kind", "epoch", "step", "count"):
-                    self.tensorboard.add_scalar(f"{kind}/{key}", value, entry["step"])
+            for name, value in curves.items():
+                self.tensorboard.add_scalar(name, value, entry["step"])
+        if self.wandb:
+            self.wandb.log(curves, step=entry["step"])
         if kind == "train" and self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {entry['loss']:.3f}, {entry['images_per_s']:.0f} images/s, "
@@ -413,6 +446,8 @@ class Log:
             self.jsonl.close()
             if self.tensorboard:
                 self.tensorboard.close()
+            if self.wandb:
+                self.wandb.finish()
 
 
 if __name__ == "__main__":

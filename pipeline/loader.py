@@ -99,7 +99,8 @@ def graph(
     )
     window = types.Constant(np.array([crop, crop], np.int32), device="cpu")
     absolute = {"axes": [0, 1], "normalized_anchor": False, "normalized_shape": False}
-    decoder: dict[str, Any] = {"device": "cpu", "output_type": types.RGB}
+    # as tools/build_lmdb.py, which ignores EXIF orientation
+    decoder: dict[str, Any] = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
     if gpu:
         decoder["device"] = "mixed"
         # most of the work to the JPEG engine where there is one, and no allocation after the first batch

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -106,6 +107,39 @@ def test_accumulating_gives_the_same_step(dataset, tmp_path):
 def test_the_other_variants_train(dataset, tmp_path, variant):
     run("--data", dataset, "--out", tmp_path / variant, "--epochs", 1, "--variant", variant, *SMALL)
     assert newest(tmp_path / variant)["variant"] == variant
+
+
+def test_a_config_repeats_its_run(whole, dataset, tmp_path):
+    run("--config", whole / "config.json", "--out", tmp_path / "again", "--epochs", 1)
+    config = [json.loads((o / "config.json").read_text()) for o in (whole, tmp_path / "again")]
+    assert {k for k in config[0] if config[0][k] != config[1][k]} == {"out", "epochs"}
+    first = [
+        json.loads((o / "log.jsonl").read_text().splitlines()[0])["loss"] for o in (whole, tmp_path / "again")
+    ]
+    assert first[0] == first[1]
+    (tmp_path / "bad.json").write_text('{"learning_rate": 1}')
+    assert "learning_rate" in one_line_error(run("--config", tmp_path / "bad.json", code=2))
+    (tmp_path / "bad.json").write_text("lr: 1")
+    assert "no config.json" in one_line_error(run("--config", tmp_path / "bad.json", code=2))
+
+
+def test_weights_and_biases_get_every_curve(dataset, tmp_path):
+    """Against a stand-in for the package, which is an extra and wants an account."""
+    (tmp_path / "wandb.py").write_text(
+        "import json\n"
+        "def init(**options):\n    note(['init', options['id'], options['config']['lr']])\n"
+        "    import wandb\n    return wandb\n"
+        "def log(curves, step):\n    note(['log', sorted(curves), step])\n"
+        "def finish():\n    note(['finish'])\n"
+        f"def note(what):\n    open({str(tmp_path / 'calls')!r}, 'a').write(json.dumps(what) + '\\n')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    arguments = command("--data", dataset, "--out", tmp_path / "w", "--epochs", 1, "--wandb", *SMALL)
+    subprocess.run(arguments, env=environment, check=True, cwd=ROOT, timeout=200)
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls[0] == ["init", "w", 0.01] and calls[-1] == ["finish"]
+    assert ["log", ["val/loss", "val/top1", "val/top5"], 6] in calls
+    assert ["log", ["train/data_wait", "train/images_per_s", "train/loss", "train/lr"], 2] in calls
 
 
 def one_line_error(done):

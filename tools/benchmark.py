@@ -31,6 +31,7 @@ from tqdm import tqdm
 from model import recipe
 from model.alexnet import AlexNet
 from model.lrn import LRN
+from model.parallel import keep_freed_memory
 from pipeline.loader import Loader, Preprocess, cpu_threads, train_loader
 from pipeline.plan import Plan
 from pipeline.prepare import encode, prepare
@@ -485,6 +486,8 @@ def main(
     Without PHOTOGRAPHS: the demo's tiles. Prints a Markdown table; ratios were taken in turns in this run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as train.py does; peers and limits in this process gain by it as well
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         work = Path(folder)
         if photographs is None:

@@ -33,7 +33,7 @@ PHOTOGRAPHS = [
     "rocket.jpg",
 ]
 TRAIN_TILES, VAL_TILES = 160, 40  # a class
-TRAIN_IMAGES = 20_000  # to be shown to the network in all: what 2 cores do in about 5 minutes
+TRAIN_IMAGES = 16_000  # to be shown to the network in all: what 2 cores do in about 5 minutes
 MOST_IMAGES = 4_000  # of a user's folders
 
 
