@@ -25,7 +25,7 @@ from model import ModelError, recipe
 from model.alexnet import VARIANTS, AlexNet
 from model.checkpoint import Checkpoints
 from model.evaluation import evaluate
-from model.parallel import Ranks, count_gpus, distribute, launch, under_torchrun
+from model.parallel import Ranks, average_buffers, count_gpus, distribute, launch, reduces, under_torchrun
 from pipeline import DataError
 from pipeline.loader import MEANS, Preprocess, cpu_threads, eval_loader, train_loader
 from pipeline.plan import AUGMENTATIONS, Plan
@@ -195,11 +195,12 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         network.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty without float16, and --amp may change on the way
+            scaler.load_state_dict(saved["scaler"])
         step, best = saved["step"], saved["best"]
         del saved
 
-    parallel = distribute(network, ranks)
+    parallel = distribute(network, ranks, config["accumulate"])
     forward = torch.compile(parallel) if config["compiled"] else parallel
 
     loader_options = {
@@ -241,6 +242,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     # ---- the loop
     loss_sum = torch.zeros((), device=ranks.device)
     window_start, window_step, waited = time.perf_counter(), step, 0.0
+    stopping = False
     while step < end_step:
         epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
         log.bar(epoch, step_in_epoch, plan.steps_per_epoch)
@@ -256,17 +258,21 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         for i in range(config["accumulate"]):
             rows = slice(i * part, (i + 1) * part)
             network.set_position(dropout_key, first_row + rows.start)
-            parallel.require_backward_grad_sync = i == config["accumulate"] - 1  # DDP: reduce once a step
-            with torch.autocast(ranks.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                loss = F.cross_entropy(forward(images[rows]).float(), labels[rows]) / config["accumulate"]
-            scaler.scale(loss).backward()
+            with reduces(parallel, last=i == config["accumulate"] - 1):
+                with torch.autocast(ranks.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                    loss = F.cross_entropy(forward(images[rows]).float(), labels[rows]) / config["accumulate"]
+                scaler.scale(loss).backward()
             loss_sum += loss.detach()
         scaler.step(optimizer)
         scaler.update()
         step += 1
 
-        if step % config["log_every"] == 0 or step % plan.steps_per_epoch == 0:
-            # the only place where the host waits for the device
+        epoch_ends = step % plan.steps_per_epoch == 0
+        saving = epoch_ends or (config["save_every"] > 0 and step % config["save_every"] == 0)
+        stopping = stop.requested and ranks.world_size == 1
+        if saving or stopping or step % config["log_every"] == 0:
+            # the only place where the host waits for the device; several ranks agree here on stopping
+            stopping = ranks.any(stop.requested)
             steps = step - window_step
             mean_loss = ranks.sum(loss_sum).item() / steps / ranks.world_size
             if not math.isfinite(mean_loss):
@@ -287,28 +293,28 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
             loss_sum.zero_()
             window_start, window_step, waited = time.perf_counter(), step, 0.0
 
-        if step % plan.steps_per_epoch == 0:
+        is_best = False
+        if epoch_ends:
+            average_buffers(network, ranks)
             metrics = evaluate(network, val_batches, ranks, amp)
             schedule.validated(1 - metrics["top1"])
             is_best = metrics["top1"] > best
             best = max(best, metrics["top1"])
             log.write("val", epoch=epoch, step=step, **metrics)
-            save(is_best)
             window_start = time.perf_counter()
-        elif config["save_every"] and step % config["save_every"] == 0:
-            save()
-        if ranks.any(stop.requested):
-            if step % plan.steps_per_epoch:
-                save()
+        if saving or stopping:
+            save(is_best)
+        if stopping:
             log.say(f"stopped by a signal at step {step}, saved: go on with --resume")
-            log.close()
-            train_batches.close()
-            val_batches.close()
-            raise click.exceptions.Exit(EXIT_INTERRUPTED)
+            break
+    if not stopping:
+        log.say(f"best validation top-1 {best:.2%}; checkpoints, log and config are in {config['out']}")
     log.close()
     train_batches.close()
     val_batches.close()
-    log.say(f"best validation top-1 {best:.2%}; checkpoints, log and config are in {config['out']}")
+    ranks.any(False)  # nobody leaves before the first rank has saved: the launcher would end the others
+    if stopping:
+        raise click.exceptions.Exit(EXIT_INTERRUPTED)
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:

@@ -8,9 +8,11 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -100,13 +102,13 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
 
 
 def _spawned(rank: int, world: int, gpu: bool, address: str, work: Callable[..., None], config: Any) -> None:
-    from click import ClickException
-
     try:
         _as_rank(Ranks(rank, world, rank, world, gpu), address, work, config)
-    except ClickException as error:
+    except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
 
 
 def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: Any) -> None:
@@ -128,8 +130,11 @@ def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: 
         dist.destroy_process_group()
 
 
-def distribute(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """Data parallel over all ranks: the same weights everywhere, gradients averaged."""
+def distribute(model: nn.Module, ranks: Ranks, parts: int = 1) -> nn.Module:
+    """Data parallel over all ranks: the same weights everywhere, gradients averaged.
+
+    `parts` backward passes make a step (gradient accumulation); see `reduces`.
+    """
     if ranks.world_size == 1:
         return model
     return DistributedDataParallel(
@@ -137,8 +142,23 @@ def distribute(model: nn.Module, ranks: Ranks) -> nn.Module:
         device_ids=[ranks.local_rank] if ranks.gpu else None,
         broadcast_buffers=False,  # every rank derives its own (dropout position)
         gradient_as_bucket_view=True,
-        static_graph=True,
+        static_graph=parts == 1,  # a pass without a reduction is not the same graph
     )
+
+
+def reduces(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """For one part of a step: gradients are averaged over ranks with the last part only."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Batch normalisation's running statistics, which every rank takes over its own samples, made one."""
+    for buffer in model.buffers():
+        if ranks.world_size > 1 and buffer.is_floating_point():
+            ranks.sum(buffer).div_(ranks.world_size)
 
 
 def count_gpus(wanted: int | None) -> int:

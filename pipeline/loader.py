@@ -110,9 +110,14 @@ def graph(
             "preallocate_height_hint": size,
         }
 
-    mean_image = types.Constant(preprocess.mean, device=device, layout="HWC")
     per_pixel = preprocess.mean_mode == "pixel"
     channel_mean = np.zeros(3, np.float32) if per_pixel else preprocess.mean[0, 0]
+    # the mean image and its mirror image side by side: one slice gets the part of either that a crop needs
+    mirrored_too = np.concatenate([preprocess.mean, preprocess.mean[:, ::-1]], axis=1)
+    mean_images = types.Constant(mirrored_too, device=device, layout="HWC")
+
+    def integers(*values: int) -> Any:
+        return types.Constant(np.array(values, np.int32), device="cpu")
 
     def normalized(image: Any, anchor: Any, flip: Any) -> Any:
         """Mirror, colour, mean of an image already cropped at `anchor`."""
@@ -126,9 +131,11 @@ def graph(
             output_layout="HWC",
         )
         if per_pixel:
-            # the mean belongs to positions of the stored image: it is cropped and mirrored alike
-            mean = fn.slice(mean_image, anchor, window, **absolute)
-            out = out - fn.flip(mean, horizontal=flip)
+            # the mean belongs to positions of the stored image: column x of it is column 2 * size - 1 - x
+            # of the pair, so the crop from x on, mirrored, begins at 2 * size - crop - x
+            mirror_side = integers(0, 2 * size - crop) - anchor * integers(0, 2)
+            mean = fn.slice(mean_images, anchor + flip * mirror_side, window, **absolute)
+            out = out - mean
             out = fn.cast(out, dtype=types.FLOAT16) if half else out
         return out
 
@@ -139,7 +146,7 @@ def graph(
         views = []
         for mirrored in (0, 1):
             for corner in corners:
-                at = types.Constant(np.array(corner, np.int32), device="cpu")
+                at = integers(*corner)
                 patch = fn.slice(image, at, window, **absolute)
                 views.append(normalized(fn.reshape(patch, layout="HWC"), at, mirrored))
         images = fn.stack(*views)

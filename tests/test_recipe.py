@@ -27,6 +27,18 @@ def test_paper_initialisation():
         assert abs(layer.weight.mean().item()) < 3e-4
 
 
+def test_he_initialisation_keeps_activations_alive_from_pixels_to_logits():
+    net = AlexNet(10, dropout=0).eval()
+    recipe.initialise(net, "he", seed=1)
+    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 64
+    sizes = []
+    for layer in [*net.features, *net.classifier]:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda _module, _inputs, out: sizes.append(out.std().item()))
+    net(images)
+    assert len(sizes) == 8 and all(0.1 < size < 10 for size in sizes), sizes
+
+
 @pytest.mark.parametrize("scheme", recipe.INITS)
 def test_initialisation_depends_on_the_seed_alone(scheme):
     torch.manual_seed(7)

@@ -87,6 +87,30 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path
     assert vals[0] == vals[1]
 
 
+def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):
+    out = tmp_path / "ranks"
+    arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
+    process = subprocess.Popen(
+        command(*arguments, "--cpu-ranks", 2),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        (out / "log.jsonl").exists() and (out / "log.jsonl").read_text()
+    ):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in said, errors
+    assert "Traceback" not in errors
+    assert 0 < newest(out)["step"] < newest(whole)["step"]
+    run(*arguments, "--resume")
+    assert newest(out)["step"] == newest(whole)["step"]
+
+
 def test_two_ranks_follow_the_same_curve_as_one(whole, dataset, tmp_path):
     run("--data", dataset, "--out", tmp_path / "two", "--epochs", 2, "--cpu-ranks", 2, "--amp", "off", *SMALL)
     run("--data", dataset, "--out", tmp_path / "one", "--epochs", 2, "--amp", "off", *SMALL)
@@ -98,9 +122,12 @@ def test_two_ranks_follow_the_same_curve_as_one(whole, dataset, tmp_path):
 def test_accumulating_gives_the_same_step(dataset, tmp_path):
     run("--data", dataset, "--out", tmp_path / "a", "--epochs", 1, "--amp", "off", *SMALL)
     run("--data", dataset, "--out", tmp_path / "b", "--epochs", 1, "--amp", "off", "--accumulate", 4, *SMALL)
-    one, four = newest(tmp_path / "a"), newest(tmp_path / "b")
-    for key in one["model"]:
-        torch.testing.assert_close(one["model"][key], four["model"][key], atol=5e-5, rtol=1e-3)
+    two_ranks = ["--cpu-ranks", 2, "--accumulate", 2]
+    run("--data", dataset, "--out", tmp_path / "c", "--epochs", 1, "--amp", "off", *two_ranks, *SMALL)
+    one = newest(tmp_path / "a")
+    for other in (newest(tmp_path / "b"), newest(tmp_path / "c")):
+        for key in one["model"]:
+            torch.testing.assert_close(one["model"][key], other["model"][key], atol=5e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["owt", "bn"])
