@@ -12,7 +12,6 @@ from model import ModelError
 
 INITS = ("paper", "he", "torch")
 SCHEDULES = ("plateau", "step", "cosine")
-PIXEL_STD = 64.0  # of photographs less their mean, in levels, about
 DEFAULT_INIT = {"paper": "paper", "owt": "torch", "bn": "he"}
 
 
@@ -21,9 +20,9 @@ def initialise(model: nn.Module, scheme: str = "paper", seed: int = 0) -> None:
     """Draw all weights anew, the same for the same seed on every device and rank.
 
     'paper' (section 5): weights N(0, 0.01); biases 1 in the second, fourth and fifth convolution and in the
-    hidden fully connected layers, else 0. 'he': variance 2 / fan_in (He et al. 2015) with zero biases, the
-    first layer's for pixels in levels, and N(0, 0.01) in the last layer: leaves the plateau at once that the
-    paper's small weights begin on. 'torch': the layers' own defaults, as in torchvision's alexnet.
+    hidden fully connected layers, else 0. 'he': variance 2 / fan_in (He et al. 2015) with zero biases, and
+    N(0, 0.01) in the last layer; without batch normalisation too large for pixels in levels. 'torch': the
+    layers' own defaults, as in torchvision's alexnet; leaves the plateau sooner that the paper's begins on.
     """
     if scheme not in INITS:
         raise ModelError(f"init is {scheme!r}: use one of {', '.join(INITS)}")
@@ -39,8 +38,6 @@ def initialise(model: nn.Module, scheme: str = "paper", seed: int = 0) -> None:
                 continue
             fan_in = layer.weight[0].numel()
             std = 0.01 if scheme == "paper" or layer is layers[-1] else math.sqrt(2 / fan_in)
-            if scheme == "he" and layer is layers[0]:
-                std /= PIXEL_STD
             layer.weight.normal_(0, std)
             if layer.bias is not None:
                 layer.bias.fill_(1.0 if scheme == "paper" and id(layer) in ones else 0.0)
