@@ -169,7 +169,8 @@ class Loader:
     """Iterates over (images, labels): (N, 3, crop, crop) float32 or float16 channels-last, int64 (N,).
 
     With `ten_crops` images are (N, 10, 3, crop, crop). `device`: 'cpu', or 'gpu' with its `device_id`.
-    `workers` processes read the shards; 0 reads in this process. Batches are on `device`. Tensors stay valid
+    `workers` processes read the shards; 0 reads in this process. `prefetch` batches are made ahead (2 on a
+    GPU, 1 on the CPU, where the batch is made when it is asked for). Batches are on `device`. Tensors stay valid
     as long as they are held. A training loader ends at its feed's end_step; an evaluation loader can be
     iterated over again. Raises DataError that names the shard and key of a record that does not decode.
     """
@@ -184,7 +185,7 @@ class Loader:
         device_id: int | None = None,
         threads: int | None = None,
         workers: int = 1,
-        prefetch: int = 2,
+        prefetch: int | None = None,
         ten_crops: bool = False,
         half: bool = False,
     ) -> None:
@@ -203,7 +204,9 @@ class Loader:
             batch_size=batch,
             num_threads=threads or cpu_threads(),
             device_id=device_id,
-            prefetch_queue_depth=prefetch,
+            # On the CPU, decoding ahead takes cores from under the step that runs on all of them, and each waits
+            # for the other: one after the other is quicker.
+            prefetch_queue_depth=prefetch or (2 if device == "gpu" else 1),
             py_num_workers=max(1, workers),
             py_start_method="spawn",  # fork would copy a process that holds CUDA and OpenMP threads
             exec_dynamic=True,  # outputs are new buffers, kept as long as torch holds them: no copy
