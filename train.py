@@ -8,17 +8,22 @@ torchrun --nproc-per-node 8 train.py on the launcher's ranks
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
 import signal
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 import torch.nn.functional as F
+from click.core import ParameterSource
 from tqdm import tqdm
 
 from model import ModelError, recipe
@@ -31,6 +36,20 @@ from pipeline.loader import MEANS, Preprocess, cpu_threads, eval_loader, train_l
 from pipeline.plan import AUGMENTATIONS, Plan
 from pipeline.shards import ShardReader
 
+# what --resume may change: none of it touches the weights' path but for rounding (and the end of it)
+CHANGEABLE = {
+    "out",
+    "data",
+    "resume",
+    "gpus",
+    "cpu_ranks",
+    "epochs",
+    "accumulate",
+    "amp",
+    "compiled",
+    "workers",
+}
+CHANGEABLE |= {"decode_threads", "keep", "save_every", "log_every", "tensorboard", "wandb", "progress"}
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
 
 
@@ -65,7 +84,7 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
     "--data", type=click.Path(path_type=Path), default=Path("data/imagenet"), help="Holds train/ and val/."
 )
 @option("--out", type=click.Path(path_type=Path), default=None, show_default="runs/VARIANT", help="The run.")
-@option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, exactly.")
+@option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its options.")
 @option("--gpus", type=click.IntRange(0), default=None, show_default="all there are", help="0 is the CPU.")
 @option("--cpu-ranks", type=click.IntRange(1), default=1, help="Processes on the CPU (with --gpus 0).")
 @option("--variant", type=click.Choice(list(VARIANTS)), default="paper")
@@ -110,6 +129,10 @@ def main(**config: Any) -> None:
     events. SIGINT or SIGTERM finish the step, save and exit with code 75; --resume goes on from there, in
     mid-epoch if need be.
     """
+    config["out"] = config["out"] or Path("runs") / config["variant"]
+    if config["resume"]:
+        resume_config(config)
+    config["init"] = config["init"] or recipe.DEFAULT_INIT[config["variant"]]
     if under_torchrun():
         gpus = 0 if config["gpus"] == 0 else torch.cuda.device_count()
         ranks = int(os.environ["WORLD_SIZE"])
@@ -123,14 +146,48 @@ def main(**config: Any) -> None:
             f"--global-batch {config['global_batch']} does not divide into {ranks} ranks "
             f"x --accumulate {config['accumulate']}"
         )
-    config["out"] = config["out"] or Path("runs") / config["variant"]
-    config["init"] = config["init"] or recipe.DEFAULT_INIT[config["variant"]]
     # whatever can be wrong with the data or the output is said once, before any rank starts
     for split in ("train", "val"):
         ShardReader(config["data"] / split).close()
     if not config["resume"] and Checkpoints(config["out"]).paths():
         raise ModelError(f"{config['out']} holds a run already: go on with --resume, or give another --out")
+    with writing(config["out"]):
+        config["out"].mkdir(parents=True, exist_ok=True)
     launch(train, config, ranks, gpu=gpus > 0)
+
+
+def resume_config(config: dict[str, Any]) -> None:
+    """A run that goes on does so with its own options; those given now may only change what is CHANGEABLE."""
+    path = config["out"] / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return  # there is no run, or not yet a checkpoint: that is said later
+    context = click.get_current_context()
+    for name in config.keys() & saved.keys():
+        given = context.get_parameter_source(name) not in (
+            ParameterSource.DEFAULT,
+            ParameterSource.DEFAULT_MAP,
+        )
+        if not given:
+            if name not in ("out", "resume"):
+                config[name] = Path(saved[name]) if isinstance(config[name], Path) else saved[name]
+        elif name not in CHANGEABLE and config[name] != saved[name]:
+            raise ModelError(
+                f"the run in {config['out']} has {name} {saved[name]}, not {config[name]}: "
+                "leave that option out to go on with it, or begin another run with another --out"
+            )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a folder that cannot be written, said in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            f"cannot write {path}: {error.strerror or error}; free space or give another --out"
+        ) from None
 
 
 def train(ranks: Ranks, config: dict[str, Any]) -> None:
@@ -180,7 +237,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         "variant": config["variant"],
         "seed": config["seed"],
         "global_batch": config["global_batch"],
-        "data": train_set.manifest.fingerprint,
+        "data": train_set.manifest.content_sha256,
         "crop": config["crop"],
         "mean": config["mean"],
     }
@@ -200,7 +257,9 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         step, best = saved["step"], saved["best"]
         del saved
 
-    parallel = distribute(network, ranks, config["accumulate"])
+    # DDP may take the graph as static when one eager backward pass makes a step
+    static = config["accumulate"] == 1 and not config["compiled"]
+    parallel = distribute(network, ranks, static)
     forward = torch.compile(parallel) if config["compiled"] else parallel
 
     loader_options = {
@@ -218,7 +277,8 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     val_batches = eval_loader(val_set, preprocess, max(1, min(batch, len(val_set))), **loader_options)
 
     # ---- log: everything to log.jsonl, an epoch a row to metrics.csv
-    log = Log(config, ranks, step)
+    with writing(config["out"]):
+        log = Log(config, ranks, step)
     stop = StopRequest()
 
     def save(is_best: bool = False) -> None:
@@ -276,10 +336,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
             steps = step - window_step
             mean_loss = ranks.sum(loss_sum).item() / steps / ranks.world_size
             if not math.isfinite(mean_loss):
-                raise ModelError(
-                    f"the loss is {mean_loss} at step {step}: training has diverged; resume from the last "
-                    f"checkpoint in {config['out']} with a lower --lr, or with --amp off"
-                )
+                raise diverged(f"the loss is {mean_loss} at step {step}", config["out"])
             seconds = time.perf_counter() - window_start
             log.write(
                 "train",
@@ -294,16 +351,18 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
             window_start, window_step, waited = time.perf_counter(), step, 0.0
 
         is_best = False
-        if epoch_ends:
+        if saving or stopping:
             average_buffers(network, ranks)
+            check_finite(network, config["out"])
+        if epoch_ends:
             metrics = evaluate(network, val_batches, ranks, amp)
             schedule.validated(1 - metrics["top1"])
             is_best = metrics["top1"] > best
             best = max(best, metrics["top1"])
             log.write("val", epoch=epoch, step=step, **metrics)
-            window_start = time.perf_counter()
         if saving or stopping:
             save(is_best)
+            window_start = time.perf_counter()
         if stopping:
             log.say(f"stopped by a signal at step {step}, saved: go on with --resume")
             break
@@ -315,6 +374,21 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     ranks.any(False)  # nobody leaves before the first rank has saved: the launcher would end the others
     if stopping:
         raise click.exceptions.Exit(EXIT_INTERRUPTED)
+
+
+def diverged(what: str, out: Path) -> ModelError:
+    return ModelError(
+        f"{what}: training has diverged; the checkpoints in {out} are from before: "
+        "resume with --amp off, or begin again with a lower --lr"
+    )
+
+
+@torch.no_grad()
+def check_finite(network: torch.nn.Module, out: Path) -> None:
+    """No checkpoint holds a diverged network: the loss of a step tells nothing of the update after it."""
+    total = sum(parameter.detach().float().sum() for parameter in network.parameters())
+    if not torch.isfinite(torch.as_tensor(total)):
+        raise diverged("the weights are not finite", out)
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
@@ -365,15 +439,18 @@ class Log:
         if config["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+            self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
         self.wandb = None
         if config["wandb"]:
             try:
                 import wandb
             except ImportError:
                 raise ModelError("--wandb needs its package: pip install 'alexnet-dali[wandb]'") from None
-            # the folder's name is the run's: a resumed run goes on in the same one
-            self.wandb = wandb.init(project="alexnet-dali", id=out.name, config=plain, resume="allow")
+            identity = out / "wandb-id"  # a resumed run goes on under its own
+            if not (step and identity.exists()):
+                identity.write_text(uuid.uuid4().hex)
+            options = {"id": identity.read_text(), "name": out.name, "resume": "allow"}
+            self.wandb = wandb.init(project="alexnet-dali", config=plain, **options)
 
     def _forget_after(self, step: int) -> None:
         """A resumed run repeats the steps after its checkpoint: their lines go, also a half-written one."""
@@ -388,11 +465,14 @@ class Log:
                 if entry["step"] <= step:
                     kept.append(line + "\n")
                     rows += self._row(entry)
-        self.jsonl_path.write_text("".join(kept))
-        with self.csv_path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self.FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        for path, text in ((self.jsonl_path, "".join(kept)), (self.csv_path, table.getvalue())):
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(text)
+            temporary.replace(path)
 
     def _row(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         """The epoch's row of metrics.csv once its validation is known: last training line and validation."""
@@ -403,14 +483,17 @@ class Log:
         return [row | {"val_loss": entry["loss"], "top1": entry["top1"], "top5": entry["top5"]}]
 
     def write(self, kind: str, **entry: Any) -> None:
-        if not self.on:
-            return
+        if self.on:
+            with writing(self.jsonl_path):
+                self._write(kind, entry)
+
+    def _write(self, kind: str, entry: dict[str, Any]) -> None:
         entry = {"kind": kind, **entry}
         self.jsonl.write(json.dumps(entry) + "\n")
         self.jsonl.flush()
         for row in self._row(entry):
             with self.csv_path.open("a", newline="") as file:
-                csv.DictWriter(file, self.FIELDS).writerow(row)
+                csv.DictWriter(file, self.FIELDS, lineterminator="\n").writerow(row)
         curves = {f"{kind}/{k}": v for k, v in entry.items() if k not in ("kind", "epoch", "step", "count")}
         if self.tensorboard:
             for name, value in curves.items():

@@ -51,7 +51,8 @@ def load(path: Path) -> dict[str, Any]:
     body, digest = memoryview(content)[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ModelError(
-            f"the checkpoint {path} is damaged (its checksum does not match): use an earlier one of the run"
+            f"the checkpoint {path} is damaged (its checksum does not match): delete it, and an earlier one "
+            "of the run is used"
         )
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
@@ -82,8 +83,11 @@ class Checkpoints:
         save(path, state)
         if best:
             link = self.out / ".best.pt.tmp"
-            os.link(path, link)
-            link.replace(self.out / "best.pt")
+            try:
+                os.link(path, link)
+                link.replace(self.out / "best.pt")
+            except OSError:  # a file system without hard links
+                save(self.out / "best.pt", state)
         for old in self.paths()[self.keep :]:
             old.unlink()
         return path

@@ -20,7 +20,6 @@ The environment variable ALEXNET_LRN=eager (or native, compiled), read at import
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import math
 import os
 import shutil
@@ -71,7 +70,7 @@ def local_response_norm(
     if x.dim() < 2 or not x.is_floating_point():
         raise ModelError(f"LRN takes floating point (N, C, ...), not {x.dtype} of {x.dim()} dimensions")
 
-    if backend == "compiled" or (backend == "auto" and x.is_cuda and _HAS_TRITON):
+    if backend == "compiled" or (backend == "auto" and x.is_cuda and _compiles(x.device)):
         formula = _formula if torch.compiler.is_compiling() else _compiled_formula()
         return formula(x, size, alpha, beta, k)
     return torch.ops.alexnet.lrn(x, size, alpha, beta, k, backend)
@@ -94,8 +93,6 @@ class LRN(nn.Module):
 
 
 # --- the formula in torch's operators ----------------------------------------------------------------------
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -144,6 +141,20 @@ def _in_cache(formula: Callable[..., Tensor], tensors: list[Tensor], *constants:
 @functools.cache
 def _compiled_formula() -> Callable[..., Tensor]:
     return torch.compile(_formula)
+
+
+@functools.cache
+def _compiles(device: torch.device) -> bool:
+    """Whether torch.compile works there: Triton wants a C compiler and Python's headers when it first runs."""
+    if torch.compiler.is_compiling():
+        return True  # then it is being used anyway
+    try:
+        _compiled_formula()(torch.ones(1, 5, 1, 1, device=device), 5, 1e-4, 0.75, 2.0)
+    except Exception as error:  # of many kinds, from many layers
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"LRN falls back on torch's operators, slower: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 # --- the native kernel -------------------------------------------------------------------------------------

@@ -67,7 +67,9 @@ def keep_freed_memory() -> None:
 
 
 def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    """Whether a launcher has made this process one of its ranks: by torchrun's variables."""
+    given = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return given <= os.environ.keys()
 
 
 def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: bool) -> None:
@@ -90,22 +92,33 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-        context = mp.spawn(_spawned, (ranks, gpu, address, work, config), nprocs=ranks, join=False)
+        said = mp.get_context("spawn").SimpleQueue()
+        context = mp.spawn(_spawned, (ranks, gpu, address, work, config, said), nprocs=ranks, join=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the ranks as well
         signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in context.processes])
         try:
             while not context.join():
                 pass
-        except mp.ProcessExitedException as failed:
-            # the rank has said why; a traceback of the launcher would bury it
-            sys.exit(failed.exit_code if failed.exit_code > 0 else 128 - failed.exit_code)
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as failed:
+            # ranks fail together, often for the same reason, and those that lost their peers for no other
+            messages = set()
+            while not said.empty():
+                messages.add(said.get())
+            for message in sorted(messages):
+                click.ClickException(message).show()
+            if not messages and isinstance(failed, mp.ProcessRaisedException):
+                raise
+            code = getattr(failed, "exit_code", 1)
+            sys.exit(code if code > 0 else 128 - code)
 
 
-def _spawned(rank: int, world: int, gpu: bool, address: str, work: Callable[..., None], config: Any) -> None:
+def _spawned(
+    rank: int, world: int, gpu: bool, address: str, work: Callable[..., None], config: Any, said: Any
+) -> None:
     try:
         _as_rank(Ranks(rank, world, rank, world, gpu), address, work, config)
     except click.ClickException as error:
-        error.show()
+        said.put(error.message)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
@@ -130,10 +143,10 @@ def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: 
         dist.destroy_process_group()
 
 
-def distribute(model: nn.Module, ranks: Ranks, parts: int = 1) -> nn.Module:
+def distribute(model: nn.Module, ranks: Ranks, static: bool = True) -> nn.Module:
     """Data parallel over all ranks: the same weights everywhere, gradients averaged.
 
-    `parts` backward passes make a step (gradient accumulation); see `reduces`.
+    `static`: every backward pass is the same and reduces, so not with gradient accumulation (see `reduces`).
     """
     if ranks.world_size == 1:
         return model
@@ -142,7 +155,7 @@ def distribute(model: nn.Module, ranks: Ranks, parts: int = 1) -> nn.Module:
         device_ids=[ranks.local_rank] if ranks.gpu else None,
         broadcast_buffers=False,  # every rank derives its own (dropout position)
         gradient_as_bucket_view=True,
-        static_graph=parts == 1,  # a pass without a reduction is not the same graph
+        static_graph=static,
     )
 
 

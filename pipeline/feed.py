@@ -83,9 +83,6 @@ class EvalFeed(_Feed):
         share = rank_slice(len(self.reader), self.rank, self.world_size)
         self.indices = np.arange(share.start, share.stop)
 
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch)
-
     def samples(self, iteration: int) -> np.ndarray:
         """Data set indices of the iteration's batch, (n,)."""
         return self.indices[iteration * self.batch : (iteration + 1) * self.batch]

@@ -8,8 +8,12 @@ https://docs.nvidia.com/deeplearning/dali/user-guide/docs/operations/nvidia.dali
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +169,27 @@ def cpu_threads(ranks_here: int = 1) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
+@contextmanager
+def light_readers() -> Iterator[None]:
+    """Reader processes started in here do not import the main script (torch!) and are deaf to Ctrl-C.
+
+    The terminal sends SIGINT to them too, but it is the trainer that decides: it saves first. They go with it.
+    """
+    main = sys.modules["__main__"]
+    hidden: dict[str, Any] = {
+        name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)
+    }
+    main.__spec__ = None
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there can signals be set
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
+
+
 class Loader:
     """Iterates over (images, labels): (N, 3, crop, crop) float32 or float16 channels-last, int64 (N,).
 
@@ -211,7 +236,7 @@ class Loader:
             py_start_method="spawn",  # fork would copy a process that holds CUDA and OpenMP threads
             exec_dynamic=True,  # outputs are new buffers, kept as long as torch holds them: no copy
         )
-        with warnings.catch_warnings():
+        with light_readers(), warnings.catch_warnings():
             # ten crops and raw records use not all that a feed gives, which costs a few bytes a sample
             warnings.filterwarnings("ignore", message=".*outputs at the indices.*are not used")
             self._pipe.build()
@@ -229,13 +254,13 @@ class Loader:
             self._pipe.reset()
             self._iteration = 0
             raise
-        except RuntimeError as error:
+        except Exception as error:  # DALI raises bare ones for what fails in a reader process
             raise self._explain(error) from error
         self._iteration += 1
         nhwc = torch.from_dlpack(images.as_tensor())
         return nhwc.movedim(-1, -3), torch.from_dlpack(labels.as_tensor())
 
-    def _explain(self, error: RuntimeError) -> DataError:
+    def _explain(self, error: Exception) -> DataError:
         """Which record broke the batch: DALI's message names none."""
         reader = self.feed.reader
         size = reader.manifest.size
@@ -250,7 +275,10 @@ class Loader:
                     f"shard {shard}, key {key.decode()}: the record does not decode to {size}x{size} RGB; "
                     "run tools/verify_lmdb.py, then build the data set again"
                 )
-        return DataError(f"the DALI pipeline failed: {str(error).strip().splitlines()[0]}")
+        # the last line that says something: before it come tracebacks, after it DALI's advice
+        lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
+        telling = [line for line in lines if "Error" in line and not line.startswith("Critical error")]
+        return DataError(f"the DALI pipeline failed: {(telling or lines)[-1]}")
 
     def close(self) -> None:
         """Stops the reader processes and frees their shared memory."""

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -127,6 +128,13 @@ class Manifest:
             raise DataError(damaged)
         return manifest
 
+    @property
+    def content_sha256(self) -> str:
+        """Of the records and the mean image: the same for the same data set, however it was made."""
+        return hashlib.sha256(
+            "".join([*(s["sha256"] for s in self.shards), self.mean_sha256]).encode()
+        ).hexdigest()
+
     def save(self, split_dir: str | Path) -> None:
         """Write manifest.json in one atomic step; the same values give the same bytes."""
         write_atomic(Path(split_dir) / MANIFEST, self._serialise())
@@ -221,6 +229,10 @@ def _environment(directory: Path) -> Any:
     key = (os.getpid(), file.st_dev, file.st_ino)
     env = _environments.get(key)
     if env is None:
+        # every shard stays open: thousands of them are more than most systems allow at first
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         # readahead=False: reads are random, pages read ahead would only push others out of memory.
         env = lmdb.open(str(directory), readonly=True, lock=False, readahead=False, create=False)
         _environments[key] = env

@@ -1,6 +1,9 @@
 """The DALI graph against NumPy written from the paper, and the GPU form as far as a CPU can check it."""
 
 import multiprocessing
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import cv2
@@ -178,6 +181,33 @@ def test_the_gpu_gives_what_the_cpu_gives(dataset, mode, half):
         assert torch.equal(la, lb.cpu())
         # nvJPEG's inverse DCT and chroma filter differ from libjpeg-turbo's by a few levels
         assert (a - b.float().cpu()).abs().mean() < 1.5
+
+
+def test_a_record_that_does_not_decode_is_named_by_a_reader_process_too(dataset, tmp_path):
+    """All records of one shard lose their bytes on disk, the file's size stays."""
+    data = tmp_path / "train"
+    shutil.copytree(dataset / "train", data)
+    reader = ShardReader(data)
+    file = data / reader.manifest.shards[1]["name"] / "data.mdb"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard.*key"):
+        list(
+            train_loader(reader, Plan(len(reader), 32), Preprocess.load(data), end_step=3, workers=1)
+        )  # fmt: skip
+
+
+def test_reader_processes_are_light_and_deaf_to_ctrl_c(dataset):
+    reader = ShardReader(dataset / "train")
+    plan = Plan(len(reader), 16)
+    loader = train_loader(reader, plan, Preprocess.load(dataset / "train"), end_step=6, workers=1)
+    next(loader)
+    children = [Path(f"/proc/{p.pid}") for p in multiprocessing.active_children()]
+    assert children and not any("libtorch" in (c / "maps").read_text() for c in children)
+    for child in children:
+        os.kill(int(child.name), signal.SIGINT)
+    assert len(list(loader)) == 5
 
 
 def test_a_record_that_does_not_decode_is_named(dataset, tmp_path, monkeypatch):

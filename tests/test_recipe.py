@@ -72,6 +72,20 @@ def test_updates_follow_the_papers_rule_through_changes_of_the_rate():
         torch.testing.assert_close(layer.bias.double(), b, atol=1e-5, rtol=1e-5)
 
 
+def test_an_overflow_in_the_very_first_step_leaves_no_trace():
+    """As GradScaler reports it to a fused optimiser: that step is skipped, and momentum begins at zero."""
+    weight = nn.Linear(64, 64)
+    expected = weight.weight.detach().clone()
+    torch.full((64, 64), 1e30).clone()  # memory that a careless buffer would begin with
+    optimizer = recipe.build_optimizer(weight, lr=0.1, weight_decay=0.0)
+    for found, gradient in ((1.0, math.inf), (0.0, 0.0)):
+        weight.weight.grad = torch.full((64, 64), gradient)
+        weight.bias.grad = torch.full((64,), gradient)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(found)
+        optimizer.step()
+    assert torch.equal(weight.weight, expected)
+
+
 def test_plateau_divides_by_ten_when_validation_stops_improving():
     schedule = recipe.Schedule("plateau", 0.01, epochs=20, steps_per_epoch=10, patience=2)
     rates = []

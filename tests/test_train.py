@@ -66,11 +66,7 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path
     out = tmp_path / "stopped"
     arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
     process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (out / "log.jsonl").exists():
-        time.sleep(0.02)
-    while time.monotonic() < deadline and not (out / "log.jsonl").read_text():
-        time.sleep(0.02)
+    wait_for_log(out)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "--resume" in said
@@ -154,7 +150,7 @@ def test_weights_and_biases_get_every_curve(dataset, tmp_path):
     """Against a stand-in for the package, which is an extra and wants an account."""
     (tmp_path / "wandb.py").write_text(
         "import json\n"
-        "def init(**options):\n    note(['init', options['id'], options['config']['lr']])\n"
+        "def init(**options):\n    note(['init', options['name'], options['config']['lr']])\n"
         "    import wandb\n    return wandb\n"
         "def log(curves, step):\n    note(['log', sorted(curves), step])\n"
         "def finish():\n    note(['finish'])\n"
@@ -167,6 +163,15 @@ def test_weights_and_biases_get_every_curve(dataset, tmp_path):
     assert calls[0] == ["init", "w", 0.01] and calls[-1] == ["finish"]
     assert ["log", ["val/loss", "val/top1", "val/top5"], 6] in calls
     assert ["log", ["train/data_wait", "train/images_per_s", "train/loss", "train/lr"], 2] in calls
+
+
+def wait_for_log(out):
+    """Until the first line of the log is written."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        (out / "log.jsonl").exists() and (out / "log.jsonl").read_text()
+    ):
+        time.sleep(0.02)
 
 
 def one_line_error(done):
@@ -184,6 +189,11 @@ def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
     assert "--resume" in error and str(whole) in error
     error = one_line_error(run(*data, "--out", whole, "--resume", "--variant", "bn", *SMALL, code=1))
     assert "variant paper, not bn" in error
+    error = one_line_error(run(*data, "--out", whole, "--resume", "--weight-decay", "0.1", *SMALL, code=1))
+    assert "weight_decay 0.0005, not 0.1" in error
+    (tmp_path / "file").touch()
+    error = one_line_error(run(*data, "--out", tmp_path / "file", *SMALL, code=1))
+    assert "cannot write" in error
     error = one_line_error(run(*data, "--out", tmp_path / "new", "--resume", *SMALL, code=1))
     assert "no checkpoint" in error
     error = one_line_error(run(*data, "--out", tmp_path / "b", *SMALL, "--global-batch", 4096, code=1))
@@ -213,11 +223,35 @@ def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
 
 
 @pytest.mark.gpu
-def test_the_default_command_trains_on_all_gpus(dataset, tmp_path):
-    arguments = ["--global-batch", "16", "--log-every", "2", "--no-progress", "--epochs", "1"]
-    run("--data", dataset, "--out", tmp_path / "g", *arguments)
-    assert newest(tmp_path / "g")["step"] > 0
+@pytest.mark.parametrize(
+    "extra", [[], ["--amp", "fp16"], ["--amp", "off"], ["--compile"], ["--variant", "bn"]]
+)
+def test_a_gpu_trains_and_resumes(dataset, tmp_path, extra):
+    arguments = ["--data", dataset, "--out", tmp_path / "g", "--global-batch", "16", "--no-progress", *extra]
+    run(*arguments, "--epochs", "1")
+    run(*arguments, "--epochs", "2", "--resume")
+    assert newest(tmp_path / "g")["step"] == 12
     assert load(tmp_path / "g" / "best.pt")["best"] >= 0
+
+
+def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset, tmp_path):
+    """The terminal sends SIGINT to every process of the command, the readers included."""
+    out = tmp_path / "c"
+    arguments = ["--data", dataset, "--out", out, "--epochs", 50, *SMALL, "--workers", "1"]
+    process = subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_log(out)
+    os.killpg(process.pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in said, errors
+    assert "Traceback" not in errors
+    assert newest(out)["step"] > 0
 
 
 def test_no_process_outlives_a_run(dataset, tmp_path):

@@ -97,6 +97,8 @@ def main(photographs: Path | None, out: Path, train_images: int) -> None:
     """
     began = time.monotonic()
     raw, data, run = out / "photographs", out / "data", out / "run"
+    if photographs is not None and out.resolve() in (photographs.resolve(), *photographs.resolve().parents):
+        raise DataError(f"{photographs} lies in {out}, which is made anew: give another --out")
     if out.exists() and not (out / ".demo").exists() and any(out.iterdir()):
         raise DataError(f"{out} exists and is not of an earlier demo: give another --out")
     shutil.rmtree(out, ignore_errors=True)
