@@ -15,7 +15,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,8 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     train_batches = train_loader(
         train_set, plan, preprocess, first_step=step, end_step=end_step, **loader_options
     )
-    val_batches = eval_loader(val_set, preprocess, max(1, min(batch, len(val_set))), **loader_options)
+    val_batch = max(1, min(batch, len(val_set)))
+    val_batches = eval_loader(val_set, preprocess, val_batch, **loader_options)
 
     # ---- log: everything to log.jsonl, an epoch a row to metrics.csv
     with writing(config["out"]):
@@ -355,7 +356,8 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
             average_buffers(network, ranks)
             check_finite(network, config["out"])
         if epoch_ends:
-            metrics = evaluate(network, val_batches, ranks, amp)
+            watched = log.watch(val_batches, -(-len(val_set) // (val_batch * ranks.world_size)))
+            metrics = evaluate(network, watched, ranks, amp)
             schedule.validated(1 - metrics["top1"])
             is_best = metrics["top1"] > best
             best = max(best, metrics["top1"])
@@ -523,6 +525,11 @@ class Log:
             )
         else:
             self._bar.update()
+
+    def watch(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
+        """Validation's progress bar."""
+        show = self.on and self.progress
+        return tqdm(batches, "validating", total, unit="batch", leave=False) if show else batches
 
     def say(self, line: str) -> None:
         if self.on:
