@@ -155,3 +155,18 @@ def test_what_is_wrong_is_said_in_one_line(runs, dataset, tmp_path):
     assert "cannot write" in error
     error = one_line(invoke(runs[0], "--data", dataset, "--confusion", tmp_path / "c.xyz", code=1))
     assert "c.png" in error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("crops", [1, 10])
+def test_a_gpu_judges_as_the_cpu_does(runs, dataset, tmp_path, crops):
+    results = []
+    for gpus in (0, 1):
+        path = tmp_path / f"{gpus}.json"
+        options = ["--data", dataset, "--crops", crops, "--json", path, "--no-progress", "--gpus", gpus]
+        done = CliRunner().invoke(tool.main, list(map(str, [runs[0], *options])))
+        assert done.exit_code == 0, done.output
+        results.append(json.loads(path.read_text()))
+    assert results[0]["count"] == results[1]["count"]
+    # nvJPEG's pixels differ by a few levels from libjpeg-turbo's
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=0.05)
