@@ -6,6 +6,7 @@ Each figure is a ratio of rates taken in turns in one run, so that it holds on a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -15,10 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import cv2
@@ -41,6 +43,7 @@ from train import amp_dtype
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("build", "read", "load", "lrn", "step", "train", "scale")
 IMAGENET, IMAGENET_21K = 1_281_167, 15_000_000
+BUILD_IMAGES = 4_000  # at least, where a build is timed
 
 
 @dataclass
@@ -79,6 +82,15 @@ class Bench:
     @property
     def files(self) -> list[Path]:
         return sorted(p for p in (self.photographs / "train").rglob("*") if p.is_file())
+
+    def repeated(self, times: int) -> Path:
+        """A folder with every training photograph `times` times (links)."""
+        folder = self.work / f"times{times}"
+        for file in self.files if not folder.exists() else ():
+            (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
+            for copy in range(times):
+                os.link(file, folder / file.parent.name / f"{copy}-{file.name}")
+        return folder
 
     @property
     def data(self) -> Path:
@@ -125,27 +137,37 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def build(source: Path, out: Path, workers: int) -> float:
-    """Images a second of tools/build_lmdb.py as a whole process, start-up and manifest included."""
+class Built(NamedTuple):
+    rate: float  # images a second of the whole process, start-up and manifest included
+    peak: float  # bytes, of its largest process
+
+
+def build(source: Path, out: Path, workers: int) -> Built:
+    """Runs tools/build_lmdb.py."""
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
-    command = [
-        sys.executable,
-        str(ROOT / "tools/build_lmdb.py"),
-        str(source),
-        str(out),
-        "--workers",
-        str(workers),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [sys.executable, str(ROOT / "tools/build_lmdb.py"), str(source), str(out)]
+    process = subprocess.Popen(
+        [*command, "--workers", str(workers)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
-    return sum(Manifest.load(out / s).count for s in ("train", "val") if (out / s).exists()) / seconds
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise click.ClickException(f"{' '.join(command)} failed with exit code {process.returncode}")
+    images = sum(Manifest.load(out / s).count for s in ("train", "val") if (out / s).exists())
+    return Built(images / seconds, usage.ru_maxrss * 1024)
+
+
+def build_rate(source: Path, out: Path, workers: int) -> float:
+    return build(source, out, workers).rate
 
 
 def bench_build(bench: Bench) -> Iterator[Row]:
     """Decode, resize, encode of the same files in a bare loop; and the converter one writes with Pillow."""
     contents = [path.read_bytes() for path in bench.files]
-    source = bench.photographs / "train"
+    times = math.ceil(BUILD_IMAGES / len(contents))
+    source = bench.repeated(times)  # so many that start-up counts for little, as with ImageNet
 
     def bare() -> float:
         cv2.setNumThreads(1)
@@ -174,9 +196,11 @@ def bench_build(bench: Bench) -> Iterator[Row]:
         return len(contents) / (time.perf_counter() - began)
 
     for workers in sorted({1, bench.workers}):
-        ours, limit, peer = bench.rates(partial(build, source, bench.work / "built", workers), bare, pillow)
+        ours, limit, peer = bench.rates(
+            partial(build_rate, source, bench.work / "built", workers), bare, pillow
+        )
         yield Row(
-            "build", f"{workers} workers, whole command", "images/s", ours,
+            "build", f"{workers} workers, {times * len(contents):,} images, whole command", "images/s", ours,
             limit * workers, f"bare decode+resize+encode x {workers}", peer * workers, f"Pillow loop x {workers}",
         )  # fmt: skip
 
@@ -414,31 +438,49 @@ def bench_train(bench: Bench) -> Iterator[Row]:
     yield Row("train", "from shards", "images/s", ours, limit, "one batch held in memory")
 
 
+def anonymous_memory() -> int:
+    """Bytes that this process and its children hold, pages of mapped files left out."""
+    total, children = 0, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for process in ("self", *children):
+        with suppress(OSError):  # gone meanwhile
+            for line in Path(f"/proc/{process}/status").read_text().splitlines():
+                if line.startswith(("RssAnon:", "RssShmem:")):
+                    total += int(line.split()[1]) * 1024
+    return total
+
+
 def bench_scale(bench: Bench) -> Iterator[Row]:
     """The same rates at 1, 2, 4 and 8 times the images; the sampler's start at the size of ImageNet and -21k."""
-    rates: dict[int, tuple[float, float, float]] = {}
-    sources = {}
-    for times in (1, 2, 4, 8):
-        sources[times] = bench.work / f"scale{times}"
-        for copy in range(times):
-            for file in bench.files:
-                target = sources[times] / file.parent.name / f"{copy}-{file.name}"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(file, target)
-    for times, source in sources.items():
-        out = bench.work / "scaled"
-        built = build(source, out, bench.workers)
+    sizes = (1, 2, 4, 8)
+    sets = {times: bench.work / f"scaled{times}" for times in sizes}
+    builds = {times: build(bench.repeated(times), sets[times], bench.workers) for times in sizes}
+    starts, memory = {}, {}
+    for times, data in sets.items():
         began = time.perf_counter()
-        next(first := loader(bench, out, 4))
-        start = time.perf_counter() - began
+        next(first := loader(bench, data, 4))
+        starts[times] = time.perf_counter() - began
+        memory[times] = anonymous_memory()
         first.close()
-        rates[times] = (built, load_rate(bench, out), start)
-        base = rates[1]
-        size = f"{times} x {len(bench.files)} images"
-        yield Row("scale", f"build, {size}", "images/s", built, base[0], "the rate at 1 x")
-        yield Row("scale", f"load, {size}", "images/s", rates[times][1], base[1], "the rate at 1 x")
-        yield Row("scale", f"first batch after start, {size}", "1/s", 1 / start, 1 / base[2], "at 1 x")
-        shutil.rmtree(out)
+    loads = dict(
+        zip(sizes, bench.rates(*(partial(load_rate, bench, sets[times]) for times in sizes)), strict=True)
+    )
+    for times in sizes:
+        size = f"{times} x {len(bench.files):,} images"
+        yield Row(
+            "scale", f"build, {size}", "images/s", builds[times].rate, builds[1].rate, "the rate at 1 x"
+        )
+        yield Row("scale", f"load, {size}", "images/s", loads[times], loads[1], "the rate at 1 x")
+        yield Row("scale", f"first batch after start, {size}", "s", starts[times], starts[1], "at 1 x")
+        yield Row(
+            "scale",
+            f"build's largest process, {size}",
+            "MB",
+            builds[times].peak / 1e6,
+            builds[1].peak / 1e6,
+            "at 1 x",
+        )
+        yield Row("scale", f"loader's memory, {size}", "MB", memory[times] / 1e6, memory[1] / 1e6, "at 1 x")
+        shutil.rmtree(sets[times])
     for count in (IMAGENET, IMAGENET_21K):
         began = time.perf_counter()
         plan = Plan(count, 128)
