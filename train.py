@@ -2,7 +2,7 @@
 
 python train.py                      data/imagenet, all GPUs, the paper's recipe
 python train.py --gpus 0 --data D    on the CPU
-torchrun --nproc-per-node 8 train.py on the launcher's ranks
+torchrun --nproc-per-node 8 train.py on the launcher's ranks (restarts: --auto-resume)
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ CHANGEABLE = {
     "out",
     "data",
     "resume",
+    "auto_resume",
     "gpus",
     "cpu_ranks",
     "epochs",
@@ -50,6 +51,7 @@ CHANGEABLE = {
     "workers",
 }
 CHANGEABLE |= {"decode_threads", "keep", "save_every", "log_every", "tensorboard", "wandb", "progress"}
+OWN = {"out", "resume", "auto_resume"}  # of each start, never taken over from another one's config.json
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
 
 
@@ -72,7 +74,7 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
             f"{path} has options that train.py does not know: {', '.join(sorted(unknown))}"
         )
     # where the earlier run lies is its own matter
-    context.default_map = {k: v for k, v in options.items() if v is not None and k not in ("out", "resume")}
+    context.default_map = {k: v for k, v in options.items() if v is not None and k not in OWN}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -85,6 +87,7 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
 )
 @option("--out", type=click.Path(path_type=Path), default=None, show_default="runs/VARIANT", help="The run.")
 @option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its options.")
+@option("--auto-resume", is_flag=True, help="--resume if --out holds a checkpoint, else begin: for restarts.")
 @option("--gpus", type=click.IntRange(0), default=None, show_default="all there are", help="0 is the CPU.")
 @option("--cpu-ranks", type=click.IntRange(1), default=1, help="Processes on the CPU (with --gpus 0).")
 @option("--variant", type=click.Choice(list(VARIANTS)), default="paper")
@@ -130,6 +133,8 @@ def main(**config: Any) -> None:
     mid-epoch if need be.
     """
     config["out"] = config["out"] or Path("runs") / config["variant"]
+    if config["auto_resume"]:
+        config["resume"] = config["resume"] or bool(Checkpoints(config["out"]).paths())
     if config["resume"]:
         resume_config(config)
     config["init"] = config["init"] or recipe.DEFAULT_INIT[config["variant"]]
@@ -170,7 +175,7 @@ def resume_config(config: dict[str, Any]) -> None:
             ParameterSource.DEFAULT_MAP,
         )
         if not given:
-            if name not in ("out", "resume"):
+            if name not in OWN:
                 config[name] = Path(saved[name]) if isinstance(config[name], Path) else saved[name]
         elif name not in CHANGEABLE and config[name] != saved[name]:
             raise ModelError(
@@ -256,6 +261,10 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
             scaler.load_state_dict(saved["scaler"])
         step, best = saved["step"], saved["best"]
         del saved
+    if ranks.any(ranks.sum(torch.tensor(step, device=ranks.device)).item() != step * ranks.world_size):
+        raise ModelError(
+            f"the ranks find different checkpoints in {config['out']}: give an --out that all nodes share"
+        )
 
     # DDP may take the graph as static when one eager backward pass makes a step
     static = config["accumulate"] == 1 and not config["compiled"]

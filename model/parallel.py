@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -130,9 +132,14 @@ def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: 
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
         keep_freed_memory()
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = next(iter(dist.rendezvous(init_method, ranks.rank, ranks.world_size)))[0]
+        store = dist.PrefixStore(_agree_on_name(store, ranks), store)
     dist.init_process_group(
         "nccl" if ranks.gpu else "gloo",
-        init_method=init_method,
+        init_method=None if store else init_method,
+        store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
         device_id=ranks.device if ranks.gpu else None,
@@ -141,6 +148,26 @@ def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: 
         work(ranks, config)
     finally:
         dist.destroy_process_group()
+
+
+def _agree_on_name(store: dist.Store, ranks: Ranks) -> str:
+    """A name that this start's ranks share and no earlier start had.
+
+    torchrun's store outlives a restart, and the addresses in it are those of the ranks that died. Nor do the
+    nodes count restarts alike. So each rank asks with a name of its own and the first one answers to that.
+    """
+    mine = uuid.uuid4().hex
+    if not ranks.first:
+        store.set(f"asks/{ranks.rank}", mine)
+        name = store.get(f"answer/{mine}").decode()
+        store.set(f"heard/{name}/{ranks.rank}", "")
+        return name
+    for rank in range(1, ranks.world_size):
+        while not store.check([f"heard/{mine}/{rank}"]):
+            if store.check([f"asks/{rank}"]):
+                store.set(f"answer/{store.get(f'asks/{rank}').decode()}", mine)
+            time.sleep(0.01)
+    return mine
 
 
 def distribute(model: nn.Module, ranks: Ranks, static: bool = True) -> nn.Module:
