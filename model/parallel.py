@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from model import ModelError
@@ -170,20 +171,33 @@ def _agree_on_name(store: dist.Store, ranks: Ranks) -> str:
     return mine
 
 
-def distribute(model: nn.Module, ranks: Ranks, static: bool = True) -> nn.Module:
+def distribute(
+    model: nn.Module,
+    ranks: Ranks,
+    static: bool = True,
+    compress: bool = False,
+    but: Collection[str] = (),
+) -> nn.Module:
     """Data parallel over all ranks: the same weights everywhere, gradients averaged.
 
     `static`: every backward pass is the same and reduces, so not with gradient accumulation (see `reduces`).
+    `compress`: gradients travel as bfloat16, half the bytes and 8 bits of precision. `but`: names of parameters
+    that are every rank's own.
     """
     if ranks.world_size == 1:
         return model
-    return DistributedDataParallel(
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(but))
+    parallel = DistributedDataParallel(
         model,
         device_ids=[ranks.local_rank] if ranks.gpu else None,
         broadcast_buffers=False,  # every rank derives its own (dropout position)
         gradient_as_bucket_view=True,
         static_graph=static,
     )
+    if compress:
+        # by another name: DDP refuses the hook as such without NCCL, but gloo adds bfloat16 as well
+        parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    return parallel
 
 
 def reduces(model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -122,6 +122,23 @@ def test_two_ranks_follow_the_same_curve_as_one(two_ranks, dataset, tmp_path):
         torch.testing.assert_close(one["model"][key], two["model"][key], atol=5e-5, rtol=1e-3)
 
 
+def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks, dataset, tmp_path):
+    """An epoch in the hybrid layout, one in towers: as two epochs of data parallelism."""
+    arguments = ["--data", dataset, "--out", tmp_path / "l", "--cpu-ranks", 2, "--amp", "off", *SMALL]
+    run(*arguments, "--epochs", 1, "--layout", "hybrid")
+    run(*arguments, "--epochs", 2, "--layout", "towers", "--resume")
+    mine, theirs = newest(tmp_path / "l"), newest(two_ranks)
+    for key in theirs["model"]:
+        torch.testing.assert_close(mine["model"][key], theirs["model"][key], atol=5e-5, rtol=1e-3)
+    logs = [
+        [json.loads(x) for x in (o / "log.jsonl").read_text().splitlines()]
+        for o in (tmp_path / "l", two_ranks)
+    ]
+    for key in ("step", "loss", "top1", "count"):
+        values = [[entry.get(key, 0) for entry in log] for log in logs]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
 def test_torchrun_restarts_a_run_from_its_last_checkpoint(two_ranks, dataset, tmp_path):
     """One rank is killed; the launcher starts all ranks anew with the same command line."""
     out = tmp_path / "elastic"
@@ -234,6 +251,9 @@ def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
     assert "fewer than one global batch" in error
     error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, "--cpu-ranks", 3, code=2))
     assert "does not divide" in error
+    towers = ["--cpu-ranks", 2, "--layout", "towers"]
+    error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, *towers, "--compile", code=2))
+    assert "--layout data" in error
     error = one_line_error(run(*data, "--out", tmp_path / "d", *SMALL, "--gpus", 99, code=1))
     assert "99" in error
     error = one_line_error(run(*data, "--out", tmp_path / "e", *SMALL, "--crop", 20, code=1))
