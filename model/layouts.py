@@ -192,9 +192,8 @@ class Layout:
         """The plain network with the present weights, to evaluate; every rank must ask together."""
         if self.kind == "data":
             return self.network
-        plain = self._plain.to_empty(device=self.ranks.device)
+        plain = copy.deepcopy(self._plain).to_empty(device=self.ranks.device)
         plain.load_state_dict(self.state_dict())
-        self._plain = copy.deepcopy(plain).to("meta")
         return plain
 
     def average_buffers(self) -> None:
