@@ -2,7 +2,7 @@
 
 python train.py                      data/imagenet, all GPUs, the paper's recipe
 python train.py --gpus 0 --data D    on the CPU
-torchrun --nproc-per-node 8 train.py on the launcher's ranks
+torchrun --nproc-per-node 8 train.py on the launcher's ranks (restarts: --auto-resume)
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from model import ModelError, recipe
 from model.alexnet import VARIANTS, AlexNet
 from model.checkpoint import Checkpoints
 from model.evaluation import evaluate
-from model.parallel import Ranks, average_buffers, count_gpus, distribute, launch, reduces, under_torchrun
+from model.layouts import LAYOUTS, Layout
+from model.parallel import Ranks, count_gpus, launch, reduces, under_torchrun
 from pipeline import DataError
 from pipeline.loader import MEANS, Preprocess, cpu_threads, eval_loader, train_loader
 from pipeline.plan import AUGMENTATIONS, Plan
@@ -41,8 +42,11 @@ CHANGEABLE = {
     "out",
     "data",
     "resume",
+    "auto_resume",
     "gpus",
     "cpu_ranks",
+    "layout",
+    "compress",
     "epochs",
     "accumulate",
     "amp",
@@ -50,6 +54,7 @@ CHANGEABLE = {
     "workers",
 }
 CHANGEABLE |= {"decode_threads", "keep", "save_every", "log_every", "tensorboard", "wandb", "progress"}
+OWN = {"out", "resume", "auto_resume"}  # of each start, never taken over from another one's config.json
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
 
 
@@ -72,7 +77,7 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
             f"{path} has options that train.py does not know: {', '.join(sorted(unknown))}"
         )
     # where the earlier run lies is its own matter
-    context.default_map = {k: v for k, v in options.items() if v is not None and k not in ("out", "resume")}
+    context.default_map = {k: v for k, v in options.items() if v is not None and k not in OWN}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -85,8 +90,11 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
 )
 @option("--out", type=click.Path(path_type=Path), default=None, show_default="runs/VARIANT", help="The run.")
 @option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its options.")
+@option("--auto-resume", is_flag=True, help="--resume if --out holds a checkpoint, else begin: for restarts.")
 @option("--gpus", type=click.IntRange(0), default=None, show_default="all there are", help="0 is the CPU.")
 @option("--cpu-ranks", type=click.IntRange(1), default=1, help="Processes on the CPU (with --gpus 0).")
+@option("--layout", type=click.Choice(LAYOUTS), default="data", help="How the network lies on several ranks.")
+@option("--compress/--no-compress", default=False, help="Average gradients as bfloat16: half the bytes.")
 @option("--variant", type=click.Choice(list(VARIANTS)), default="paper")
 @option("--epochs", type=click.IntRange(1), default=90)
 @option("--global-batch", type=click.IntRange(1), default=128, help="Images a step, over all ranks.")
@@ -94,6 +102,11 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
     "--accumulate", type=click.IntRange(1), default=1, help="Parts that each rank's batch is computed in."
 )
 @option("--lr", type=click.FloatRange(0, min_open=True), default=0.01)
+@option(
+    "--base-batch", type=click.IntRange(1), default=None, show_default="off",
+    help="--lr is for a batch of this size and grows with --global-batch.",
+)  # fmt: skip
+@option("--optimizer", type=click.Choice(recipe.OPTIMIZERS), default="sgd", help="lars: for large batches.")
 @option("--schedule", type=click.Choice(recipe.SCHEDULES), default="plateau")
 @option(
     "--patience", type=click.IntRange(1), default=5, help="Epochs without progress until lr / 10 (plateau)."
@@ -130,6 +143,8 @@ def main(**config: Any) -> None:
     mid-epoch if need be.
     """
     config["out"] = config["out"] or Path("runs") / config["variant"]
+    if config["auto_resume"]:
+        config["resume"] = config["resume"] or bool(Checkpoints(config["out"]).paths())
     if config["resume"]:
         resume_config(config)
     config["init"] = config["init"] or recipe.DEFAULT_INIT[config["variant"]]
@@ -146,6 +161,10 @@ def main(**config: Any) -> None:
             f"--global-batch {config['global_batch']} does not divide into {ranks} ranks "
             f"x --accumulate {config['accumulate']}"
         )
+    if config["layout"] != "data" and config["compiled"]:
+        raise click.UsageError("--compile goes with --layout data")
+    if config["compress"] and config["layout"] == "towers":
+        raise click.UsageError("--layout towers averages no gradients: leave --compress out")
     # whatever can be wrong with the data or the output is said once, before any rank starts
     for split in ("train", "val"):
         ShardReader(config["data"] / split).close()
@@ -170,7 +189,7 @@ def resume_config(config: dict[str, Any]) -> None:
             ParameterSource.DEFAULT_MAP,
         )
         if not given:
-            if name not in ("out", "resume"):
+            if name not in OWN:
                 config[name] = Path(saved[name]) if isinstance(config[name], Path) else saved[name]
         elif name not in CHANGEABLE and config[name] != saved[name]:
             raise ModelError(
@@ -198,7 +217,6 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     if [c["wnid"] for c in val_set.manifest.classes] != [c["wnid"] for c in classes]:
         raise DataError(f"train and val in {config['data']} have different classes: build val again")
     preprocess = Preprocess.load(config["data"] / "train", config["crop"], config["mean"])
-    batch = config["global_batch"] // ranks.world_size
     plan = Plan(
         count=len(train_set),
         global_batch=config["global_batch"],
@@ -218,16 +236,20 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     network = AlexNet(len(classes), config["variant"], config["dropout"], image_size=config["crop"])
     recipe.initialise(network, config["init"], config["seed"])
     network = network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = recipe.build_optimizer(network, config["lr"], config["momentum"], config["weight_decay"])
+    layout = Layout(network, config["layout"], ranks, config["global_batch"])
+    lr = config["lr"] * config["global_batch"] / (config["base_batch"] or config["global_batch"])
+    optimizer = recipe.build_optimizer(
+        network, lr, config["momentum"], config["weight_decay"], config["optimizer"], layout.sum_of_slices
+    )
     schedule = recipe.Schedule(
         config["schedule"],
-        config["lr"],
+        lr,
         config["epochs"],
         plan.steps_per_epoch,
         config["warmup_epochs"],
         config["patience"],
     )
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=amp == torch.float16)
+    scaler = layout.grad_scaler(optimizer, enabled=amp == torch.float16)
     best = -1.0
 
     # ---- where an earlier run stopped
@@ -249,17 +271,21 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
                     f"the checkpoint in {config['out']} has {key} {saved['identity'].get(key)}, not {value}: "
                     "resume with the options (and data) that the run began with"
                 )
-        network.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        layout.load_state_dict(saved["model"])
+        layout.load_optimizer_state_dict(optimizer, saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         if saved["scaler"]:  # empty without float16, and --amp may change on the way
             scaler.load_state_dict(saved["scaler"])
         step, best = saved["step"], saved["best"]
         del saved
+    if ranks.any(ranks.sum(torch.tensor(step, device=ranks.device)).item() != step * ranks.world_size):
+        raise ModelError(
+            f"the ranks find different checkpoints in {config['out']}: give an --out that all nodes share"
+        )
 
     # DDP may take the graph as static when one eager backward pass makes a step
     static = config["accumulate"] == 1 and not config["compiled"]
-    parallel = distribute(network, ranks, static)
+    parallel = layout.distribute(static, config["compress"])
     forward = torch.compile(parallel) if config["compiled"] else parallel
 
     loader_options = {
@@ -272,9 +298,9 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         "half": ranks.gpu and amp is not None,
     }
     train_batches = train_loader(
-        train_set, plan, preprocess, first_step=step, end_step=end_step, **loader_options
+        train_set, plan, preprocess, first_step=step, end_step=end_step, **loader_options | layout.place
     )
-    val_batch = max(1, min(batch, len(val_set)))
+    val_batch = max(1, min(config["global_batch"] // ranks.world_size, len(val_set)))
     val_batches = eval_loader(val_set, preprocess, val_batch, **loader_options)
 
     # ---- log: everything to log.jsonl, an epoch a row to metrics.csv
@@ -283,10 +309,11 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     stop = StopRequest()
 
     def save(is_best: bool = False) -> None:
+        model, updates = layout.state_dict(), layout.optimizer_state_dict(optimizer)
         if ranks.first:
             state = {
-                "model": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "model": model,
+                "optimizer": updates,
                 "schedule": schedule.state_dict(),
                 "scaler": scaler.state_dict(),
                 "epoch": step // plan.steps_per_epoch,
@@ -314,7 +341,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
 
         recipe.set_lr(optimizer, schedule.lr(step))
         dropout_key = plan.dropout_key(epoch, step_in_epoch)
-        first_row, part = ranks.rank * batch, batch // config["accumulate"]
+        first_row, part = layout.first_row, layout.batch // config["accumulate"]
         optimizer.zero_grad(set_to_none=True)
         for i in range(config["accumulate"]):
             rows = slice(i * part, (i + 1) * part)
@@ -353,11 +380,11 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
 
         is_best = False
         if saving or stopping:
-            average_buffers(network, ranks)
-            check_finite(network, config["out"])
+            layout.average_buffers()
+            check_finite(network, ranks, config["out"])
         if epoch_ends:
             watched = log.watch(val_batches, -(-len(val_set) // (val_batch * ranks.world_size)))
-            metrics = evaluate(network, watched, ranks, amp)
+            metrics = evaluate(layout.plain_network(), watched, ranks, amp)
             schedule.validated(1 - metrics["top1"])
             is_best = metrics["top1"] > best
             best = max(best, metrics["top1"])
@@ -386,10 +413,10 @@ def diverged(what: str, out: Path) -> ModelError:
 
 
 @torch.no_grad()
-def check_finite(network: torch.nn.Module, out: Path) -> None:
+def check_finite(network: torch.nn.Module, ranks: Ranks, out: Path) -> None:
     """No checkpoint holds a diverged network: the loss of a step tells nothing of the update after it."""
     total = sum(parameter.detach().float().sum() for parameter in network.parameters())
-    if not torch.isfinite(torch.as_tensor(total)):
+    if not torch.isfinite(ranks.sum(torch.as_tensor(total))):
         raise diverged("the weights are not finite", out)
 
 

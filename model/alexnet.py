@@ -192,9 +192,10 @@ def _last_side(image_size: int, stride: int, pool: tuple[int, int]) -> int:
 class KeyedDropout(nn.Module):
     """Dropout (section 4.2) whose mask is a function of (key, layer, row of the global batch, unit) alone.
 
-    So it is the same on every device and for any split of the global batch over ranks and micro-batches. What is
-    kept is scaled by 1 / (1 - p) in training, where the paper halves activations at test time instead: the same
-    network. Until `set_position` is first called, the masks come from torch's own generator.
+    So it is the same on every device and for any split of the global batch over ranks and micro-batches; for a
+    slice of the units see `unit_slice`, for parts of several ranks in one input `parts`. What is kept is scaled
+    by 1 / (1 - p) in training, where the paper halves activations at test time instead: the same network. Until
+    `set_position` is first called, the masks come from torch's own generator.
 
     Args:
         p: probability of dropping a unit.
@@ -208,6 +209,8 @@ class KeyedDropout(nn.Module):
         if not 0 <= p < 1:
             raise ModelError(f"dropout is {p}: it must be at least 0 and below 1")
         self.p, self.salt, self.keyed = p, salt, False
+        self.unit_slice = 0  # inputs are this one of several equal slices of the units
+        self.parts, self.stride = 1, 0  # inputs are so many parts, one below the other, each so many rows on
         # (key, first row): a tensor, so that torch.compile sees an input and not a constant to compile anew for.
         self.register_buffer("position", torch.zeros(2, dtype=torch.int64), persistent=False)
 
@@ -225,13 +228,18 @@ class KeyedDropout(nn.Module):
     def keep(self, rows: int, units: int) -> Tensor:
         """The mask (rows, units) as booleans; each value is one 32-bit hash compared with p."""
         device = self.position.device
-        row = self.position[1] + torch.arange(rows, device=device)
+        first, row = self.position[1], torch.arange(rows, device=device)
+        if self.parts > 1:
+            part = rows // self.parts
+            first, row = first % self.stride, row // part * self.stride + row % part
+        row = first + row
         # One hash after the other takes in key (both halves), layer and row; another takes in the unit.
         state = (self.position[0] & 0xFFFFFFFF) - 2**31
-        for part in (self.position[0] >> 32, self.salt, row):
-            state = _hash(state.to(torch.int32)) ^ part
+        for entering in (self.position[0] >> 32, self.salt, row):
+            state = _hash(state.to(torch.int32)) ^ entering
         per_row = _hash(state.to(torch.int32))
-        per_unit = _hash(torch.arange(units, device=device, dtype=torch.int32))
+        first_unit = self.unit_slice * units
+        per_unit = _hash(torch.arange(first_unit, first_unit + units, device=device, dtype=torch.int32))
         value = _hash(per_row[:, None] ^ per_unit)
         return (value & 0x7FFFFFFF) >= round(self.p * 2**31)
 

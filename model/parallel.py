@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from model import ModelError
@@ -130,9 +133,14 @@ def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: 
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
         keep_freed_memory()
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = next(iter(dist.rendezvous(init_method, ranks.rank, ranks.world_size)))[0]
+        store = dist.PrefixStore(_agree_on_name(store, ranks), store)
     dist.init_process_group(
         "nccl" if ranks.gpu else "gloo",
-        init_method=init_method,
+        init_method=None if store else init_method,
+        store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
         device_id=ranks.device if ranks.gpu else None,
@@ -143,20 +151,53 @@ def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: 
         dist.destroy_process_group()
 
 
-def distribute(model: nn.Module, ranks: Ranks, static: bool = True) -> nn.Module:
+def _agree_on_name(store: dist.Store, ranks: Ranks) -> str:
+    """A name that this start's ranks share and no earlier start had.
+
+    torchrun's store outlives a restart, and the addresses in it are those of the ranks that died. Nor do the
+    nodes count restarts alike. So each rank asks with a name of its own and the first one answers to that.
+    """
+    mine = uuid.uuid4().hex
+    if not ranks.first:
+        store.set(f"asks/{ranks.rank}", mine)
+        name = store.get(f"answer/{mine}").decode()
+        store.set(f"heard/{name}/{ranks.rank}", "")
+        return name
+    for rank in range(1, ranks.world_size):
+        while not store.check([f"heard/{mine}/{rank}"]):
+            if store.check([f"asks/{rank}"]):
+                store.set(f"answer/{store.get(f'asks/{rank}').decode()}", mine)
+            time.sleep(0.01)
+    return mine
+
+
+def distribute(
+    model: nn.Module,
+    ranks: Ranks,
+    static: bool = True,
+    compress: bool = False,
+    but: Collection[str] = (),
+) -> nn.Module:
     """Data parallel over all ranks: the same weights everywhere, gradients averaged.
 
     `static`: every backward pass is the same and reduces, so not with gradient accumulation (see `reduces`).
+    `compress`: gradients travel as bfloat16, half the bytes and 8 bits of precision. `but`: names of parameters
+    that are every rank's own.
     """
     if ranks.world_size == 1:
         return model
-    return DistributedDataParallel(
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(but))
+    parallel = DistributedDataParallel(
         model,
         device_ids=[ranks.local_rank] if ranks.gpu else None,
         broadcast_buffers=False,  # every rank derives its own (dropout position)
         gradient_as_bucket_view=True,
         static_graph=static,
     )
+    if compress:
+        # by another name: DDP refuses the hook as such without NCCL, but gloo adds bfloat16 as well
+        parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    return parallel
 
 
 def reduces(model: nn.Module, last: bool) -> AbstractContextManager[None]:

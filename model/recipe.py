@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model import ModelError
 
 INITS = ("paper", "he", "torch")
+OPTIMIZERS = ("sgd", "lars")
 SCHEDULES = ("plateau", "step", "cosine")
 DEFAULT_INIT = {"paper": "paper", "owt": "torch", "bn": "he"}
 
@@ -44,21 +46,79 @@ def initialise(model: nn.Module, scheme: str = "paper", seed: int = 0) -> None:
 
 
 def build_optimizer(
-    model: nn.Module, lr: float = 0.01, momentum: float = 0.9, weight_decay: float = 5e-4
+    model: nn.Module,
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    kind: str = "sgd",
+    sum_of_slices: Callable[[Tensor, list[nn.Parameter]], Tensor] | None = None,
 ) -> torch.optim.SGD:
-    """SGD as in the paper's update rule, weight decay on weights only (not on biases and norms).
+    """SGD as in the paper's update rule, weight decay on weights only (not on biases and norms); or LARS.
 
     torch's SGD keeps u = -v / lr where the paper keeps v = 0.9 v - 0.0005 lr w - lr g; the two are the same
-    as long as lr stays, and `set_lr` makes them the same when it changes.
+    as long as lr stays, and `set_lr` makes them the same when it changes. `sum_of_slices`: see LARS.
     """
+    if kind not in OPTIMIZERS:
+        raise ModelError(f"optimizer is {kind!r}: use one of {', '.join(OPTIMIZERS)}")
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+    optimizer: torch.optim.SGD
+    if kind == "lars":
+        optimizer = LARS(groups, lr, momentum, sum_of_slices)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
     for parameter in (*weights, *others):
         # torch would take the buffer's memory as it finds it if float16 overflows in the very first step
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+class LARS(torch.optim.SGD):
+    """A rate for each layer, for large batches (You, Gitman, Ginsburg 2017, arXiv:1708.03888, algorithm 1).
+
+        l = trust |w| / (|g| + decay |w|)        v <- momentum v + lr l (g + decay w)        w <- w - v
+
+    for each tensor of the first group of parameters, the weights; other groups, biases and norms, take plain
+    SGD's steps. Kept as SGD keeps v, so `set_lr` applies.
+
+    Args:
+        groups: of the first, `weight_decay` is the formula's decay.
+        sum_of_slices: of values, one row a parameter, the sums over the ranks that hold slices of that parameter.
+        trust: 0.001 in the paper.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        momentum: float,
+        sum_of_slices: Callable[[Tensor, list[nn.Parameter]], Tensor] | None = None,
+        trust: float = 1e-3,
+    ) -> None:
+        super().__init__(groups, lr=lr, momentum=momentum, fused=True)
+        weights = self.param_groups[0]
+        # SGD's own decay would come on top
+        weights["decay"], weights["weight_decay"], weights["trust"] = weights["weight_decay"], 0.0, trust
+        self.sum_of_slices = sum_of_slices
+        # the norms are of gradients without a loss scale, so GradScaler must take it off before the step
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        group = self.param_groups[0]
+        parameters = [p for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, gradients)]
+        squares = torch.stack(norms, 1).square()
+        if self.sum_of_slices:
+            squares = self.sum_of_slices(squares, parameters)
+        w, g = squares.sqrt().unbind(1)
+        rates = group["trust"] * w / (g + group["decay"] * w)
+        rates = torch.where((w > 0) & (g > 0), rates, 1.0)  # a layer of zeros must be able to begin
+        torch._foreach_add_(gradients, parameters, alpha=group["decay"])
+        torch._foreach_mul_(gradients, list(rates.unbind()))
+        return super().step(closure)
 
 
 @torch.no_grad()

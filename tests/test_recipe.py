@@ -1,8 +1,10 @@
 """Initialisation, the paper's update rule and the schedules."""
 
+import copy
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,6 +74,43 @@ def test_updates_follow_the_papers_rule_through_changes_of_the_rate():
         torch.testing.assert_close(layer.bias.double(), b, atol=1e-5, rtol=1e-5)
 
 
+def test_lars_follows_its_papers_rule_through_changes_of_the_rate_and_a_resumed_run():
+    """Algorithm 1 of arXiv:1708.03888 in NumPy: v <- m v + lr l (g + b w), l = 0.001 |w| / (|g| + b |w|)."""
+    layer, decay, momentum = nn.Linear(4, 3), 0.05, 0.9
+    optimizer = recipe.build_optimizer(layer, 4.0, momentum, decay, "lars")
+    w, bias = (p.detach().double().numpy().copy() for p in (layer.weight, layer.bias))
+    vw, vb = np.zeros_like(w), np.zeros_like(bias)
+    random = np.random.default_rng(0)
+    for step in range(30):
+        lr = 4.0 if step < 10 else 40.0 if step < 20 else 13.0
+        if step == 15:  # a resumed run
+            saved, other = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(layer)
+            layer, optimizer = other, recipe.build_optimizer(other, 4.0, momentum, decay, "lars")
+            optimizer.load_state_dict(saved)
+        recipe.set_lr(optimizer, lr)
+        gw, gb = random.standard_normal((3, 4)), random.standard_normal(3) * 1e-3
+        layer.weight.grad, layer.bias.grad = (torch.tensor(g, dtype=torch.float32) for g in (gw, gb))
+        optimizer.step()
+        norm = np.sqrt((w**2).sum())
+        local = 0.001 * norm / (np.sqrt((gw**2).sum()) + decay * norm)
+        vw = momentum * vw + lr * local * (gw + decay * w)
+        vb = momentum * vb + lr * gb  # biases: neither decay nor a rate of their own
+        w, bias = w - vw, bias - vb
+        np.testing.assert_allclose(layer.weight.detach().numpy(), w, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-4, atol=1e-5)
+
+
+def test_lars_moves_a_layer_of_zeros_and_keeps_one_without_gradient():
+    layer = nn.Linear(2, 2)
+    optimizer = recipe.build_optimizer(layer, 0.1, 0.0, 0.0, "lars")
+    for weight, gradient, moved in ((0.0, 1.0, -0.1), (1.0, 0.0, 0.0)):
+        with torch.no_grad():
+            layer.weight.fill_(weight)
+        layer.weight.grad, layer.bias.grad = torch.full((2, 2), gradient), torch.zeros(2)
+        optimizer.step()
+        torch.testing.assert_close(layer.weight.detach(), torch.full((2, 2), weight + moved))
+
+
 def test_an_overflow_in_the_very_first_step_leaves_no_trace():
     """As GradScaler reports it to a fused optimiser: that step is skipped, and momentum begins at zero."""
     weight = nn.Linear(64, 64)
@@ -127,3 +166,5 @@ def test_unknown_names_are_refused():
         recipe.initialise(AlexNet(2), "xavier")
     with pytest.raises(ModelError, match="use one of"):
         recipe.Schedule("linear", 0.1, 1, 1)
+    with pytest.raises(ModelError, match="use one of"):
+        recipe.build_optimizer(AlexNet(2), kind="adam")

@@ -107,12 +107,63 @@ def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):
     assert newest(out)["step"] == newest(whole)["step"]
 
 
-def test_two_ranks_follow_the_same_curve_as_one(whole, dataset, tmp_path):
-    run("--data", dataset, "--out", tmp_path / "two", "--epochs", 2, "--cpu-ranks", 2, "--amp", "off", *SMALL)
+@pytest.fixture(scope="module")
+def two_ranks(dataset, tmp_path_factory):
+    """An uninterrupted run of two epochs on two ranks, in float32."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    run("--data", dataset, "--out", out, "--epochs", 2, "--cpu-ranks", 2, "--amp", "off", *SMALL)
+    return out
+
+
+def test_two_ranks_follow_the_same_curve_as_one(two_ranks, dataset, tmp_path):
     run("--data", dataset, "--out", tmp_path / "one", "--epochs", 2, "--amp", "off", *SMALL)
-    one, two = newest(tmp_path / "one"), newest(tmp_path / "two")
+    one, two = newest(tmp_path / "one"), newest(two_ranks)
     for key in one["model"]:
         torch.testing.assert_close(one["model"][key], two["model"][key], atol=5e-5, rtol=1e-3)
+
+
+def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks, dataset, tmp_path):
+    """An epoch in the hybrid layout, one in towers: as two epochs of data parallelism."""
+    arguments = ["--data", dataset, "--out", tmp_path / "l", "--cpu-ranks", 2, "--amp", "off", *SMALL]
+    run(*arguments, "--epochs", 1, "--layout", "hybrid")
+    run(*arguments, "--epochs", 2, "--layout", "towers", "--resume")
+    mine, theirs = newest(tmp_path / "l"), newest(two_ranks)
+    for key in theirs["model"]:
+        torch.testing.assert_close(mine["model"][key], theirs["model"][key], atol=5e-5, rtol=1e-3)
+    logs = [
+        [json.loads(x) for x in (o / "log.jsonl").read_text().splitlines()]
+        for o in (tmp_path / "l", two_ranks)
+    ]
+    for key in ("step", "loss", "top1", "count"):
+        values = [[entry.get(key, 0) for entry in log] for log in logs]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(two_ranks, dataset, tmp_path):
+    """One rank is killed; the launcher starts all ranks anew with the same command line."""
+    out = tmp_path / "elastic"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
+    options = ["--data", dataset, "--out", out, "--epochs", 2, "--amp", "off", "--save-every", 2, *SMALL]
+    process = subprocess.Popen(
+        [*launcher, *command(*options, "--auto-resume")[1:]],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(Checkpoints(out).paths()) < 2:
+        time.sleep(0.01)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert json.loads((out / "config.json").read_text())["resume"] is True  # of the second start
+    assert same_weights(newest(out), newest(two_ranks))
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == newest(out)["step"] == 12
 
 
 def test_accumulating_gives_the_same_step(dataset, tmp_path):
@@ -200,6 +251,9 @@ def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
     assert "fewer than one global batch" in error
     error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, "--cpu-ranks", 3, code=2))
     assert "does not divide" in error
+    towers = ["--cpu-ranks", 2, "--layout", "towers"]
+    error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, *towers, "--compile", code=2))
+    assert "--layout data" in error
     error = one_line_error(run(*data, "--out", tmp_path / "d", *SMALL, "--gpus", 99, code=1))
     assert "99" in error
     error = one_line_error(run(*data, "--out", tmp_path / "e", *SMALL, "--crop", 20, code=1))
