@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,20 +27,16 @@ def is_archive(path: Path) -> bool:
 
 
 def unpack(archive: Path, out: Path) -> None:
-    """cifar-10-python.tar.gz or cifar-10-binary.tar.gz -> out/{train,test}/<class>/NNNNN.png, without loss.
+    """cifar-10-python.tar.gz or cifar-10-binary.tar.gz -> out/{train,val}/<class>/NNNNN.png, without loss.
 
-    `out` appears when it is complete; DataError for an archive that is none of the two or damaged.
+    DataError for an archive that is none of the two or damaged.
     """
-    if out.exists():
-        return
-    partial = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         names, batches = _read(archive)
-        counts = {"train": 0, "test": 0}
+        counts = {"train": 0, "val": 0}
         for split, pixels, labels in batches:
             for image, label in zip(pixels.reshape(-1, 3, SIDE, SIDE), labels, strict=True):
-                folder = partial / split / names[label]
+                folder = out / split / names[label]
                 folder.mkdir(parents=True, exist_ok=True)
                 png = encode(np.ascontiguousarray(image.transpose(1, 2, 0)), "png")
                 (folder / f"{counts[split]:05d}.png").write_bytes(png)
@@ -52,9 +47,8 @@ def unpack(archive: Path, out: Path) -> None:
         ) from None
     if not all(counts.values()):
         raise DataError(
-            f"{archive} holds {counts['train']} training and {counts['test']} test images: fetch it again"
+            f"{archive} holds {counts['train']} training and {counts['val']} test images: fetch it again"
         )
-    partial.replace(out)
 
 
 Batch = tuple[str, np.ndarray, list[int]]  # split, (N, 3072) uint8, N labels
@@ -74,7 +68,7 @@ def _read(archive: Path) -> tuple[list[str], Iterator[Batch]]:
     else:
         names = files["batches.meta.txt"].decode().split()
         read = _from_binary
-    kinds = (("data_batch_", "train"), ("test_batch", "test"))
+    kinds = (("data_batch_", "train"), ("test_batch", "val"))
     members = [
         (split, files[name]) for prefix, split in kinds for name in sorted(files) if name.startswith(prefix)
     ]

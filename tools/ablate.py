@@ -32,7 +32,6 @@ from tqdm import tqdm
 from model import ModelError
 from model.checkpoint import Checkpoints
 from model.parallel import count_gpus
-from pipeline.cifar import is_archive, unpack
 from pipeline.loader import cpu_threads
 from pipeline.shards import MANIFEST, ShardReader
 from tools.common import CONTEXT, option, write_text
@@ -153,7 +152,8 @@ class Workers:
             futures = [pool.submit(self._run, run) for run in waiting]
             while not all(future.done() for future in futures):
                 time.sleep(0.2)  # signals are handled in this thread
-                bar.update(sum(bool(run.result) for run in runs) - bar.n)
+                if done := sum(bool(run.result) for run in runs) - bar.n:
+                    bar.update(done)
         if self.stopping.is_set():
             click.echo("stopped by a signal, the runs have saved: the same command goes on", err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED)
@@ -511,20 +511,19 @@ def cifar_shards(source: Path, out: Path) -> Path:
     """SOURCE itself if it holds shards; else lossless shards of it in OUT/cifar."""
     if (source / "train" / MANIFEST).exists():
         return source
-    data, folders = out / "cifar", source
-    if not (data / "val" / MANIFEST).exists():
-        if is_archive(source):
-            folders = out / "cifar-images"
-            unpack(source, folders)
-        for split, names in (("train", ("train",)), ("val", ("val", "test"))):
-            folder = next((folders / name for name in names if (folders / name).is_dir()), None)
-            if folder is None:
-                raise ModelError(f"{source} holds no {split}/: give CIFAR-10's archive or class folders")
-            if not (data / split / MANIFEST).exists():
-                command = [sys.executable, str(ROOT / "tools/build_lmdb.py"), str(folder), str(data)]
-                options = ["--split", split, "--size", "32", "--encoding", "raw", "--resume"]
-                if subprocess.run([*command, *options]).returncode:
-                    raise ModelError(f"the shards of {folder} could not be built")
+    data = out / "cifar"
+    if (data / "val" / MANIFEST).exists():
+        return data
+    builds = [[str(source)]]
+    if (source / "test").is_dir():  # as CIFAR's own names have it
+        builds = [[str(source / "train"), "--split", "train"], [str(source / "test"), "--split", "val"]]
+    for arguments in builds:
+        command = [sys.executable, str(ROOT / "tools/build_lmdb.py"), arguments[0], str(data), *arguments[1:]]
+        options = ["--size", "32", "--encoding", "raw", "--overwrite"]
+        if subprocess.run([*command, *options]).returncode:
+            raise ModelError(
+                f"no shards could be built of {source}: give CIFAR-10's archive or class folders"
+            )
     return data
 
 
