@@ -22,15 +22,15 @@ from typing import Any
 
 import click
 import torch
-import torch.nn.functional as F
 from click.core import ParameterSource
 from tqdm import tqdm
 
 from model import ModelError, recipe
-from model.alexnet import VARIANTS, AlexNet
+from model.alexnet import ACTIVATIONS, DROPPABLE, VARIANTS, AlexNet
 from model.checkpoint import Checkpoints
 from model.evaluation import evaluate
 from model.layouts import LAYOUTS, Layout
+from model.modern import Ema, cross_entropy, mix
 from model.parallel import Ranks, count_gpus, launch, reduces, under_torchrun
 from pipeline import DataError
 from pipeline.loader import MEANS, Preprocess, cpu_threads, eval_loader, train_loader
@@ -55,6 +55,7 @@ CHANGEABLE = {
 }
 CHANGEABLE |= {"decode_threads", "keep", "save_every", "log_every", "tensorboard", "wandb", "progress"}
 OWN = {"out", "resume", "auto_resume"}  # of each start, never taken over from another one's config.json
+RECIPES = Path(__file__).parent / "recipes"
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
 
 
@@ -77,13 +78,35 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
             f"{path} has options that train.py does not know: {', '.join(sorted(unknown))}"
         )
     # where the earlier run lies is its own matter
-    context.default_map = {k: v for k, v in options.items() if v is not None and k not in OWN}
+    kept = {k: v for k, v in options.items() if v is not None and k not in OWN}
+    # a whole run says more than a recipe, whichever comes first
+    context.default_map = {**(context.default_map or {}), **kept}
+
+
+def take_recipe(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
+    """The options of recipes/NAME.json, as --config; a --config beside it wins."""
+    if name is not None:
+        earlier = context.default_map or {}
+        repeat_config(context, parameter, RECIPES / f"{name}.json")
+        context.default_map = {**(context.default_map or {}), **earlier}
+
+
+def pool_sizes(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    """ "3,2" -> "3,2"; refuses what is not two whole numbers."""
+    sizes = value.split(",")
+    if len(sizes) != 2 or not all(size.strip().isdecimal() and int(size) for size in sizes):
+        raise click.BadParameter(f"{value!r} is not KERNEL,STRIDE in pixels: 3,2 overlaps, 2,2 does not")
+    return ",".join(str(int(size)) for size in sizes)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @option(
     "--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=repeat_config,
     help="Repeat the run of this config.json; options given here win.",
+)  # fmt: skip
+@option(
+    "--recipe", type=click.Choice(sorted(path.stem for path in RECIPES.glob("*.json"))), is_eager=True,
+    expose_value=False, callback=take_recipe, help="Options of recipes/NAME.json; options given here win.",
 )  # fmt: skip
 @option(
     "--data", type=click.Path(path_type=Path), default=Path("data/imagenet"), help="Holds train/ and val/."
@@ -96,6 +119,15 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
 @option("--layout", type=click.Choice(LAYOUTS), default="data", help="How the network lies on several ranks.")
 @option("--compress/--no-compress", default=False, help="Average gradients as bfloat16: half the bytes.")
 @option("--variant", type=click.Choice(list(VARIANTS)), default="paper")
+@option("--activation", type=click.Choice(list(ACTIVATIONS)), default="relu")
+@option("--groups", type=click.Choice(["1", "2"]), default=None, show_default="the variant's")
+@option("--lrn/--no-lrn", default=None, show_default="the variant's", help="Local response normalisation.")
+@option("--pool", callback=pool_sizes, default="3,2", help="Kernel and stride of the max pools, in pixels.")
+@option(
+    "--drop-layer", type=click.Choice(DROPPABLE), multiple=True, callback=lambda _c, _p, v: sorted(set(v)),
+    show_default="none", help="Leave out a convolution; may be given again.",
+)  # fmt: skip
+@option("--stride", type=click.IntRange(1), default=4, help="Of conv1; 1 suits images of 24 to 32 pixels.")
 @option("--epochs", type=click.IntRange(1), default=90)
 @option("--global-batch", type=click.IntRange(1), default=128, help="Images a step, over all ranks.")
 @option(
@@ -122,6 +154,19 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
 )
 @option("--color-std", type=click.FloatRange(0), default=0.1, help="Of the PCA colour shift; 0 turns it off.")
 @option("--crop", type=click.IntRange(1), default=224)
+@option(
+    "--label-smoothing", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="Share of all classes."
+)
+@option("--mixup", type=click.FloatRange(0), default=0.0, help="Alpha of its Beta distribution; 0: off.")
+@option(
+    "--ema",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Decay of averaged weights; 0: off.",
+)
+@option(
+    "--train-error/--no-train-error", default=False, help="Log the error of the training batches, as trained."
+)
 @option("--amp", type=click.Choice(["auto", "bf16", "fp16", "off"]), default="auto", help="Mixed precision.")
 @option("--compile/--no-compile", "compiled", default=False, help="torch.compile the network.")
 @option("--seed", type=click.IntRange(0, 2**63 - 1), default=0)
@@ -165,6 +210,10 @@ def main(**config: Any) -> None:
         raise click.UsageError("--compile goes with --layout data")
     if config["compress"] and config["layout"] == "towers":
         raise click.UsageError("--layout towers averages no gradients: leave --compress out")
+    if config["mixup"] and config["global_batch"] // (ranks * config["accumulate"]) % 2:
+        raise click.UsageError(
+            "--mixup blends pairs: --global-batch has to leave each rank and part an even batch"
+        )
     # whatever can be wrong with the data or the output is said once, before any rank starts
     for split in ("train", "val"):
         ShardReader(config["data"] / split).close()
@@ -233,7 +282,19 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     amp = amp_dtype(config["amp"], ranks.device)
-    network = AlexNet(len(classes), config["variant"], config["dropout"], image_size=config["crop"])
+    kernel, stride = map(int, config["pool"].split(","))
+    network = AlexNet(
+        len(classes),
+        config["variant"],
+        config["dropout"],
+        image_size=config["crop"],
+        stride=config["stride"],
+        activation=config["activation"],
+        groups=int(config["groups"]) if config["groups"] else None,
+        lrn=config["lrn"],
+        pool=(kernel, stride),
+        drop_layers=config["drop_layer"],
+    )
     recipe.initialise(network, config["init"], config["seed"])
     network = network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     layout = Layout(network, config["layout"], ranks, config["global_batch"])
@@ -250,6 +311,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         config["patience"],
     )
     scaler = layout.grad_scaler(optimizer, enabled=amp == torch.float16)
+    ema = Ema(network, config["ema"]) if config["ema"] else None
     best = -1.0
 
     # ---- where an earlier run stopped
@@ -262,13 +324,15 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         "data": train_set.manifest.content_sha256,
         "crop": config["crop"],
         "mean": config["mean"],
+        "network": network.options,
     }
     if config["resume"]:
         saved = checkpoints.newest()
+        began = {"network": {}, **saved["identity"]}  # checkpoints without it are of the variant as it is
         for key, value in identity.items():
-            if saved["identity"].get(key) != value:
+            if began.get(key) != value:
                 raise ModelError(
-                    f"the checkpoint in {config['out']} has {key} {saved['identity'].get(key)}, not {value}: "
+                    f"the checkpoint in {config['out']} has {key} {began.get(key)}, not {value}: "
                     "resume with the options (and data) that the run began with"
                 )
         layout.load_state_dict(saved["model"])
@@ -276,6 +340,12 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         schedule.load_state_dict(saved["schedule"])
         if saved["scaler"]:  # empty without float16, and --amp may change on the way
             scaler.load_state_dict(saved["scaler"])
+        if bool(saved.get("ema")) != bool(ema):
+            raise ModelError(
+                f"the checkpoint in {config['out']} was made {'with' if not ema else 'without'} --ema"
+            )
+        if ema:
+            ema.load_state_dict(saved["ema"], layout.part)
         step, best = saved["step"], saved["best"]
         del saved
     if ranks.any(ranks.sum(torch.tensor(step, device=ranks.device)).item() != step * ranks.world_size):
@@ -309,7 +379,9 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     stop = StopRequest()
 
     def save(is_best: bool = False) -> None:
+        # every rank takes part: these are gathered where ranks hold slices
         model, updates = layout.state_dict(), layout.optimizer_state_dict(optimizer)
+        averaged = ema.state_dict(layout.whole) if ema else {}
         if ranks.first:
             state = {
                 "model": model,
@@ -321,6 +393,8 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
                 "best": best,
                 "seed": config["seed"],
                 "variant": config["variant"],
+                "network": network.options,
+                "ema": averaged,
                 "identity": identity,
                 "classes": classes,
                 "preprocess": preprocess.state_dict(),
@@ -328,7 +402,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
             checkpoints.save(state, best=is_best)
 
     # ---- the loop
-    loss_sum = torch.zeros((), device=ranks.device)
+    loss_sum, hits = torch.zeros((), device=ranks.device), torch.zeros((), device=ranks.device)
     window_start, window_step, waited = time.perf_counter(), step, 0.0
     stopping = False
     while step < end_step:
@@ -343,16 +417,28 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         dropout_key = plan.dropout_key(epoch, step_in_epoch)
         first_row, part = layout.first_row, layout.batch // config["accumulate"]
         optimizer.zero_grad(set_to_none=True)
+        keep = None
+        if config["mixup"]:
+            mine = slice(first_row, first_row + layout.batch)
+            keep = torch.from_numpy(plan.mixup(epoch, step_in_epoch, config["mixup"])[mine]).to(ranks.device)
+            images = mix(images, keep)
         for i in range(config["accumulate"]):
             rows = slice(i * part, (i + 1) * part)
             network.set_position(dropout_key, first_row + rows.start)
             with reduces(parallel, last=i == config["accumulate"] - 1):
                 with torch.autocast(ranks.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                    loss = F.cross_entropy(forward(images[rows]).float(), labels[rows]) / config["accumulate"]
+                    logits = forward(images[rows]).float()
+                    shares = keep if keep is None else keep[rows]
+                    loss = cross_entropy(logits, labels[rows], config["label_smoothing"], shares)
+                    loss = loss / config["accumulate"]
                 scaler.scale(loss).backward()
             loss_sum += loss.detach()
+            if config["train_error"]:
+                hits += (logits.detach().argmax(1) == labels[rows]).sum()
         scaler.step(optimizer)
         scaler.update()
+        if ema:
+            ema.update(network)
         step += 1
 
         epoch_ends = step % plan.steps_per_epoch == 0
@@ -365,6 +451,9 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
             mean_loss = ranks.sum(loss_sum).item() / steps / ranks.world_size
             if not math.isfinite(mean_loss):
                 raise diverged(f"the loss is {mean_loss} at step {step}", config["out"])
+            errors = {}
+            if config["train_error"]:
+                errors["error"] = 1 - ranks.sum(hits).item() / steps / (layout.batch * ranks.world_size)
             seconds = time.perf_counter() - window_start
             log.write(
                 "train",
@@ -374,17 +463,21 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
                 lr=optimizer.param_groups[0]["lr"],
                 images_per_s=steps * config["global_batch"] / seconds,
                 data_wait=waited / seconds,
+                **errors,
             )
             loss_sum.zero_()
+            hits.zero_()
             window_start, window_step, waited = time.perf_counter(), step, 0.0
 
         is_best = False
         if saving or stopping:
-            layout.average_buffers()
+            for averaged in (network, ema.network) if ema else (network,):
+                layout.average_buffers(averaged)
             check_finite(network, ranks, config["out"])
         if epoch_ends:
             watched = log.watch(val_batches, -(-len(val_set) // (val_batch * ranks.world_size)))
-            metrics = evaluate(layout.plain_network(), watched, ranks, amp)
+            measured = layout.plain_network(ema.network if ema else network)
+            metrics = evaluate(measured, watched, ranks, amp)
             schedule.validated(1 - metrics["top1"])
             is_best = metrics["top1"] > best
             best = max(best, metrics["top1"])

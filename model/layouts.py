@@ -188,18 +188,21 @@ class Layout:
             return self.network
         return distribute(self.network, self.ranks, static, compress, self.dims.keys())
 
-    def plain_network(self) -> nn.Module:
-        """The plain network with the present weights, to evaluate; every rank must ask together."""
+    def plain_network(self, network: nn.Module) -> nn.Module:
+        """The plain network with the weights of `network`, to evaluate; every rank must ask together.
+
+        network: the one laid out, or an average of it.
+        """
         if self.kind == "data":
-            return self.network
+            return network
         plain = copy.deepcopy(self._plain).to_empty(device=self.ranks.device)
-        plain.load_state_dict(self.state_dict())
+        plain.load_state_dict({name: self.whole(name, value) for name, value in network.state_dict().items()})
         return plain
 
-    def average_buffers(self) -> None:
+    def average_buffers(self, network: nn.Module) -> None:
         """As `model.parallel.average_buffers`; a tower's statistics are of the whole batch already."""
         if self.kind != "towers":
-            average_buffers(self.network, self.ranks)
+            average_buffers(network, self.ranks)
 
     def sum_of_slices(self, values: Tensor, parameters: list[nn.Parameter]) -> Tensor:
         """Of (P, ...) values, one row a parameter: the sum over ranks for parameters that are slices."""

@@ -14,7 +14,7 @@ from model import ModelError
 INITS = ("paper", "he", "torch")
 OPTIMIZERS = ("sgd", "lars")
 SCHEDULES = ("plateau", "step", "cosine")
-DEFAULT_INIT = {"paper": "paper", "owt": "torch", "bn": "he"}
+DEFAULT_INIT = {"paper": "paper", "owt": "torch", "bn": "he", "cifar": "torch"}
 
 
 @torch.no_grad()
@@ -31,7 +31,10 @@ def initialise(model: nn.Module, scheme: str = "paper", seed: int = 0) -> None:
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     convolutions = [m for m in layers if isinstance(m, nn.Conv2d)]
     hidden = [m for m in layers if isinstance(m, nn.Linear)][:-1]
-    ones = {id(m) for i, m in enumerate(convolutions) if i in (1, 3, 4)} | {id(m) for m in hidden}
+    # by the paper's numbers, also where a layer is left out
+    numbers = getattr(model, "convolutions", range(1, 1 + len(convolutions)))
+    second = {id(m) for number, m in zip(numbers, convolutions, strict=True) if number in (2, 4, 5)}
+    ones = second | {id(m) for m in hidden}
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         for layer in layers:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline import DataError
 
-ORDER, VIEW, DROPOUT = range(3)  # one Philox key per purpose: the streams can never meet
+ORDER, VIEW, DROPOUT, MIXUP = range(4)  # one Philox key per purpose: the streams can never meet
 AUGMENTATIONS = ("all", "crop", "flip", "none")
 
 
@@ -96,6 +96,16 @@ class Plan:
     def dropout_key(self, epoch: int, step: int) -> int:
         """63 random bits that determine every dropout mask of one step."""
         return int(self._generator(DROPOUT, epoch, step).integers(0, 2**63 - 1))
+
+    def mixup(self, epoch: int, step: int, alpha: float) -> np.ndarray:
+        """How much of itself each image of one global batch keeps: (global_batch,) float32 in 0..1.
+
+        Each from Beta(alpha, alpha) (Zhang et al., arXiv:1710.09412). The rest comes from its neighbour,
+        position XOR 1 of the global batch: the order is random, so the neighbour is, and where every rank has an
+        even share it lies on the same rank.
+        """
+        random = self._generator(MIXUP, epoch, step)
+        return random.beta(alpha, alpha, self.global_batch).astype(np.float32)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_order": {}}  # 60 MB at 15 M samples that a worker rebuilds in a moment

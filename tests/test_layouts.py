@@ -12,6 +12,7 @@ from model import ModelError, alexnet, recipe
 from model.alexnet import AlexNet
 from model.evaluation import evaluate
 from model.layouts import Layout
+from model.modern import Ema
 from model.parallel import Ranks, reduces
 
 BATCH, SIZE, CLASSES, STEPS, HIDDEN = 8, 67, 5, 4, 32
@@ -66,6 +67,9 @@ def train(
             if saved:
                 layout.load_state_dict(saved["model"])
                 layout.load_optimizer_state_dict(update, saved["optimizer"])
+            ema = Ema(layout.network, 0.9)
+            if saved:
+                ema.load_state_dict(saved["ema"], layout.part)
             parallel = layout.distribute(accumulate == 1, compress)
         recipe.set_lr(update, rate * scale)
         images, labels = (x[layout.first_row : layout.first_row + layout.batch] for x in batch(step))
@@ -81,10 +85,12 @@ def train(
                 loss.backward()
             total = total + loss.detach()
         update.step()
+        ema.update(layout.network)
         losses.append(ranks.sum(total / ranks.world_size).item())
         saved = {"model": layout.state_dict(), "optimizer": layout.optimizer_state_dict(update)}
+        saved["ema"] = ema.state_dict(layout.whole)
     own = (x.chunk(ranks.world_size)[ranks.rank] for x in batch(99, 6))
-    metrics = evaluate(layout.plain_network().to(torch.float64), [tuple(own)], ranks)
+    metrics = evaluate(layout.plain_network(layout.network).to(torch.float64), [tuple(own)], ranks)
     return {**saved, "losses": losses, "metrics": metrics}
 
 
@@ -146,6 +152,8 @@ def test_two_ranks_take_the_steps_of_one(name, on_two, small):
     torch.testing.assert_close(two["losses"], one["losses"], **close)
     assert two["model"].keys() == one["model"].keys()
     torch.testing.assert_close(two["model"], one["model"], **close)
+    assert two["ema"]["steps"] == one["ema"]["steps"] == STEPS
+    torch.testing.assert_close(two["ema"]["model"], one["ema"]["model"], **close)
     if "amp" not in case:
         for index, entry in one["optimizer"]["state"].items():
             theirs = two["optimizer"]["state"][index]["momentum_buffer"]
@@ -186,7 +194,7 @@ def test_one_rank_has_the_plain_network_whatever_the_layout(small):
     for kind in ("data", "hybrid", "towers"):
         network = AlexNet(CLASSES, image_size=SIZE)
         layout = Layout(network, kind, Ranks(), BATCH)
-        assert layout.distribute() is layout.plain_network() is network and not layout.dims
+        assert layout.distribute() is layout.plain_network(network) is network and not layout.dims
 
 
 def test_what_cannot_be_laid_out_is_said():

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 from tqdm import tqdm
 
 from pipeline.build import MAX_IMAGES_PER_SHARD, Options, Summary, build_split
+from pipeline.cifar import is_archive, unpack
 from pipeline.raw import find_splits, open_source
 from pipeline.shards import ENCODINGS, MANIFEST, Manifest
 
@@ -89,6 +91,7 @@ def main(
       a folder with train/ and val/      each a folder of class folders, or flat with --labels or --devkit
       the official tars, never unpacked  ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (with the devkit)
       a folder that holds those tars
+      cifar-10-python.tar.gz, cifar-10-binary.tar.gz   with --size 32, and --encoding png or raw for no loss
 
     Images become squares of --size pixels: short side scaled, centre cut out. EXIF orientation is ignored. What
     cannot be decoded is left out and listed in the manifest with the reason. The same source, options and seed
@@ -100,6 +103,11 @@ def main(
         raise click.UsageError(f"--quality is for JPEGs, but --encoding is {encoding}")
     quality = (quality or DEFAULT_QUALITY) if encoding == "jpeg" else None
     options = Options(size, encoding, quality, images_per_shard, seed)
+    images_folder = tempfile.TemporaryDirectory() if is_archive(source) else None  # gone with the command
+    if images_folder:
+        click.echo(f"unpacking {source}", err=True)
+        unpack(source, Path(images_folder.name))
+        source = Path(images_folder.name)
     splits = find_splits(source, split)
     if labels and len(splits) > 1:
         raise click.UsageError("--labels is for one split: give --split train or --split val as well")

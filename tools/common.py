@@ -73,8 +73,11 @@ def load_run(run: Path, device: torch.device | None = None) -> Run:
     saved = checkpoint.load(path)
     try:
         preprocess = Preprocess.from_state_dict(saved["preprocess"])
-        network = AlexNet(len(saved["classes"]), saved["variant"], image_size=preprocess.crop)
-        network.load_state_dict(saved["model"])
+        # what older checkpoints lack is at its default; where weights were averaged, the average is judged
+        network = AlexNet(
+            len(saved["classes"]), saved["variant"], image_size=preprocess.crop, **saved.get("network", {})
+        )
+        network.load_state_dict((saved.get("ema") or saved)["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{path} is no checkpoint of this program's train.py ({reason})") from None

@@ -1,0 +1,157 @@
+"""tools/ablate.py: two tiny claims end to end, a second call that runs nothing, figure 1, and the numbers."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from model import ModelError
+from pipeline.build import Options, build_split
+from pipeline.raw import open_source
+from tools import ablate
+
+ROOT = Path(__file__).parent.parent
+# a crop of 63 pixels is the smallest that passes three pools
+TINY = ["--crop", "63", "--global-batch", "32", "--init", "torch", "--lr", "0.001"]
+
+
+def command(data, out, *arguments):
+    common = ["--out", out, "--claims", "lrn,pool", "--seeds", 2, "--epochs", 1, "--jobs", 2, "--gpus", 0]
+    script = [sys.executable, str(ROOT / "tools/ablate.py"), data, *common, *arguments, "--", *TINY]
+    return [str(part) for part in script]
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """Stopped by a signal once a run is finished, then gone on with."""
+    out = tmp_path_factory.mktemp("ablate") / "out"
+    process = subprocess.Popen(command(dataset, out), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(out.rglob("result.json")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command goes on" in errors, errors
+    early = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert 0 < len(early) < 6
+    done = subprocess.run(command(dataset, out), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime_ns == when for path, when in early.items())
+    return out, done.stdout
+
+
+def test_two_claims_make_a_table(finished):
+    out, printed = finished
+    assert {path.parent.relative_to(out).as_posix() for path in out.rglob("result.json")} == {
+        f"{name}/seed-{seed}" for name in ("baseline", "no-lrn", "pool-2-2") for seed in (0, 1)
+    }
+    configs = {
+        p.parent.relative_to(out).as_posix(): json.loads(p.read_text()) for p in out.rglob("config.json")
+    }
+    base = configs["baseline/seed-1"]
+    for name, switch, value in (("no-lrn", "lrn", False), ("pool-2-2", "pool", "2,2")):
+        other = configs[f"{name}/seed-1"]
+        assert {k for k in base if base[k] != other[k]} == {"out", switch} and other[switch] == value
+    table = (out / "table.md").read_text()
+    assert table in printed and "| no-lrn | `--no-lrn` |" in table and "+1.4 / +1.2" in table
+    rows = {row["run"]: row for row in json.loads((out / "results.json").read_text())["claims"]}
+    errors = {
+        (name, seed): 100 * (1 - last_validation(out / name / f"seed-{seed}")["top1"])
+        for name in rows
+        for seed in (0, 1)
+    }
+    for name, row in rows.items():
+        assert row["top1"]["values"] == pytest.approx([errors[name, 0], errors[name, 1]])
+        assert row["top1"]["std"] == pytest.approx(statistics.stdev([errors[name, 0], errors[name, 1]]))
+    pairs = [errors["no-lrn", seed] - errors["baseline", seed] for seed in (0, 1)]
+    assert rows["no-lrn"]["top1_difference"]["mean"] == pytest.approx(sum(pairs) / 2)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def last_validation(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "val"][-1]
+
+
+def test_a_second_call_runs_nothing(finished, dataset):
+    out, printed = finished
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")} | {
+        p: p.stat().st_mtime_ns for p in out.rglob("log.jsonl")
+    }
+    done = subprocess.run(command(dataset, out), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == printed
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    again = [*command(dataset, out), "--dropout", "0.3"]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "was run with other options" in done.stderr
+
+
+def test_figure_1_stops_each_run_at_the_target(class_folders, tmp_path, monkeypatch):
+    """On four classes that any network tells apart, in shards of 32x32."""
+    for split in ("train", "val"):
+        source = open_source(class_folders / split, split)
+        build_split(source, tmp_path / "data", Options(size=32, encoding="raw"), workers=1)
+    out = tmp_path / "out"
+    arguments = ["--figure1", tmp_path / "data", "--out", out, "--gpus", 0, "--jobs", 2, "--seeds", 1]
+    arguments += ["--lrs", "0.02", "--max-epochs", 200, "--tune-epochs", 1, "--", "--global-batch", "32"]
+    script = [sys.executable, ROOT / "tools/ablate.py", *arguments]
+    done = subprocess.run(list(map(str, script)), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    figure = json.loads((out / "results.json").read_text())["figure1"]
+    assert [row["activation"] for row in figure["rows"]] == ["relu", "tanh"]
+    for row in figure["rows"]:
+        (curve,) = row["curves"]
+        assert all(error > 0.25 for error in curve[: int(row["epochs"]["mean"])])
+        assert any(error <= 0.25 for error in curve) and len(curve) < 200
+    config = json.loads((out / "figure1/tanh-lr-0.02-run/seed-0/config.json").read_text())
+    off = {"augment": "none", "color_std": 0, "dropout": 0, "weight_decay": 0, "variant": "cifar"}
+    assert off.items() <= config.items() and config["activation"] == "tanh"
+    assert (out / "figure1.png").exists()
+
+
+def test_the_running_error_of_an_epoch_counts_every_step_once(tmp_path):
+    lines = [("train", 4, 0.5), ("train", 6, 0.2), ("val", 6, None), ("train", 8, 0.1), ("train", 12, 0.3)]
+    lines += [("val", 12, None), ("train", 14, 0.9)]
+    text = [json.dumps({"kind": k, "step": s} | ({} if e is None else {"error": e})) for k, s, e in lines]
+    (tmp_path / "log.jsonl").write_text("\n".join(text) + '\n{"kind": "tr')
+    assert ablate.epoch_errors(tmp_path) == pytest.approx([(4 * 0.5 + 2 * 0.2) / 6, (2 * 0.1 + 4 * 0.3) / 6])
+    # half of the way from the second epoch to the third
+    assert ablate.reaches([0.45, 0.35, 0.15], 0.25) == pytest.approx(2.5)
+    assert ablate.reaches([0.45, 0.35], 0.25) is None and ablate.reaches([0.2], 0.25) == 1
+
+
+def test_what_is_wrong_is_said_in_one_line(dataset, tmp_path):
+    def said(*arguments, code):
+        done = CliRunner().invoke(ablate.main, list(map(str, arguments)))
+        assert done.exit_code == code, (done.output, done.exception)
+        return done.output
+
+    assert "no claim lrm" in said(dataset, "--claims", "lrm", "--out", tmp_path / "a", code=2)
+    assert "give DATA" in said("--out", tmp_path / "a", code=2)
+    assert "build_lmdb.py" in said(tmp_path / "none", "--out", tmp_path / "a", code=1)
+    with (
+        ablate.locked(tmp_path / "a"),
+        pytest.raises(ModelError, match="is at work"),
+        ablate.locked(tmp_path / "a"),
+    ):
+        pass
+    # a run that cannot train is named, and the table is made of the others
+    output = said(
+        dataset, "--out", tmp_path / "f", "--claims", "pool", "--seeds", 1, "--epochs", 1, "--gpus", 0,
+        "--", "--global-batch", "96", "--crop", "63", "--lr", "1e30", code=1,
+    )  # fmt: skip
+    assert "failed: baseline, seed 0: " in output and "2 runs failed" in output
+
+
+def test_every_job_has_its_own_gpu(monkeypatch):
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "4,7")
+    assert [ablate.visible_gpu(i) for i in range(2)] == ["4", "7"]
+    monkeypatch.delitem(os.environ, "CUDA_VISIBLE_DEVICES")
+    assert [ablate.visible_gpu(i) for i in range(2)] == ["0", "1"]
