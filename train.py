@@ -41,6 +41,7 @@ CHANGEABLE = {
     "out",
     "data",
     "resume",
+    "fall_back",
     "gpus",
     "cpu_ranks",
     "epochs",
@@ -72,7 +73,9 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
             f"{path} has options that train.py does not know: {', '.join(sorted(unknown))}"
         )
     # where the earlier run lies is its own matter
-    context.default_map = {k: v for k, v in options.items() if v is not None and k not in ("out", "resume")}
+    context.default_map = {
+        k: v for k, v in options.items() if v is not None and k not in ("out", "resume", "fall_back")
+    }
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -85,6 +88,7 @@ def repeat_config(context: click.Context, _parameter: click.Parameter, path: Pat
 )
 @option("--out", type=click.Path(path_type=Path), default=None, show_default="runs/VARIANT", help="The run.")
 @option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its options.")
+@option("--fall-back", is_flag=True, help="With --resume: pass over a damaged checkpoint for the one before.")
 @option("--gpus", type=click.IntRange(0), default=None, show_default="all there are", help="0 is the CPU.")
 @option("--cpu-ranks", type=click.IntRange(1), default=1, help="Processes on the CPU (with --gpus 0).")
 @option("--variant", type=click.Choice(list(VARIANTS)), default="paper")
@@ -148,7 +152,9 @@ def main(**config: Any) -> None:
         )
     # whatever can be wrong with the data or the output is said once, before any rank starts
     for split in ("train", "val"):
-        ShardReader(config["data"] / split).close()
+        reader = ShardReader(config["data"] / split)
+        reader.check_counts()
+        reader.close()
     if not config["resume"] and Checkpoints(config["out"]).paths():
         raise ModelError(f"{config['out']} holds a run already: go on with --resume, or give another --out")
     with writing(config["out"]):
@@ -161,8 +167,10 @@ def resume_config(config: dict[str, Any]) -> None:
     path = config["out"] / "config.json"
     try:
         saved = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return  # there is no run, or not yet a checkpoint: that is said later
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged ({error}): restore it, the run's options are in it") from None
     context = click.get_current_context()
     for name in config.keys() & saved.keys():
         given = context.get_parameter_source(name) not in (
@@ -170,7 +178,7 @@ def resume_config(config: dict[str, Any]) -> None:
             ParameterSource.DEFAULT_MAP,
         )
         if not given:
-            if name not in ("out", "resume"):
+            if name not in ("out", "resume", "fall_back"):
                 config[name] = Path(saved[name]) if isinstance(config[name], Path) else saved[name]
         elif name not in CHANGEABLE and config[name] != saved[name]:
             raise ModelError(
@@ -242,7 +250,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         "mean": config["mean"],
     }
     if config["resume"]:
-        saved = checkpoints.newest()
+        saved = checkpoints.newest(config["fall_back"], click.echo if ranks.first else lambda line: None)
         for key, value in identity.items():
             if saved["identity"].get(key) != value:
                 raise ModelError(
@@ -338,6 +346,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
             mean_loss = ranks.sum(loss_sum).item() / steps / ranks.world_size
             if not math.isfinite(mean_loss):
                 raise diverged(f"the loss is {mean_loss} at step {step}", config["out"])
+            check_scale(scaler, config["out"])
             seconds = time.perf_counter() - window_start
             log.write(
                 "train",
@@ -385,6 +394,15 @@ def diverged(what: str, out: Path) -> ModelError:
     )
 
 
+def check_scale(scaler: torch.amp.GradScaler, out: Path) -> None:
+    """Float16 skips a step whose gradients overflow and halves the loss scale: bounded at a scale of 1.
+
+    From the first scale, 65,536, that is 17 steps skipped in a row.
+    """
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise diverged("float16 gradients overflow at any loss scale", out)
+
+
 @torch.no_grad()
 def check_finite(network: torch.nn.Module, out: Path) -> None:
     """No checkpoint holds a diverged network: the loss of a step tells nothing of the update after it."""
@@ -404,6 +422,16 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "fp16" and device.type == "cpu":
         raise ModelError("--amp fp16 needs a GPU: use --amp bf16 or --amp off on the CPU")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 class StopRequest:
@@ -433,7 +461,7 @@ class Log:
         out: Path = config["out"]
         out.mkdir(parents=True, exist_ok=True)
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-        (out / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+        replace_text(out / "config.json", json.dumps(plain, indent=2) + "\n")
         self.jsonl_path, self.csv_path = out / "log.jsonl", out / "metrics.csv"
         self._forget_after(step)
         self.jsonl = self.jsonl_path.open("a")
@@ -472,9 +500,7 @@ class Log:
         writer.writeheader()
         writer.writerows(rows)
         for path, text in ((self.jsonl_path, "".join(kept)), (self.csv_path, table.getvalue())):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text)
-            temporary.replace(path)
+            replace_text(path, text)
 
     def _row(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         """The epoch's row of metrics.csv once its validation is known: last training line and validation."""
