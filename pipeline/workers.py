@@ -20,7 +20,7 @@ from typing import Any
 from pipeline import DataError
 
 # Processor time, so that a busy machine or a slow disk is not taken for a decoder that hangs. A JPEG of as many
-# pixels as prepare.py lets through takes about two seconds.
+# pixels as prepare.py lets through takes about three seconds.
 SECONDS_AN_ITEM = 5.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
