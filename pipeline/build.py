@@ -107,6 +107,7 @@ def build_split(
         if resume and not partial.exists() and (final / MANIFEST).exists():
             manifest = Manifest.load(final)
             if manifest.fingerprint == fingerprint:
+                _remove_replaced(final)  # if it was killed before that
                 return Summary(final, manifest.count, manifest.rejected, total, time.monotonic() - started)
             raise DataError(
                 f"{final} was built from other images or with other options: replace it with --overwrite"
@@ -430,14 +431,21 @@ def _write_manifest(
 def _publish(partial: Path, final: Path) -> Manifest:
     """Make a complete build visible; safe to repeat after a kill at any line."""
     manifest = Manifest.load(partial)
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        final.rename(old)
     shutil.rmtree(partial / "work", ignore_errors=True)
+    if final.exists():
+        _remove_replaced(final)
+        final.rename(_replaced(final))
     partial.rename(final)
     fsync_directory(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    _remove_replaced(final)
     return manifest
+
+
+def _replaced(final: Path) -> Path:
+    """Where --overwrite puts the old data set for the moment between two renames."""
+    return final.with_name(final.name + ".replaced")
+
+
+def _remove_replaced(final: Path) -> None:
+    if _replaced(final).exists():
+        shutil.rmtree(_replaced(final))

@@ -168,10 +168,10 @@ def _mapped(names: set[str]) -> set[str]:
     return used
 
 
-def die_at_call(script: str, number: int, arguments: list[str]) -> None:
-    """Run a script of this program that kills itself (9) at its `number`-th change of the file system.
+def count_down(number: int) -> None:
+    """Have this process kill itself (9) at its `number`-th change of the file system from here on.
 
-    In a process of its own. Counted are syncs, renames, links, removals and new folders of the main process.
+    Counted are syncs, renames, links, removals and new folders.
     """
     left = number
 
@@ -187,6 +187,11 @@ def die_at_call(script: str, number: int, arguments: list[str]) -> None:
 
     for name in ("fsync", "rename", "replace", "link", "unlink", "rmdir", "mkdir"):
         setattr(os, name, counted(getattr(os, name)))
+
+
+def die_at_call(script: str, number: int, arguments: list[str]) -> None:
+    """Run a script of this program that kills itself as `count_down` has it; in a process of its own."""
+    count_down(number)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
@@ -908,7 +913,7 @@ def inject(name: str, tries: int | None = None, seed: int = 0, corpora: tuple[Pa
         try:
             passed, note = function(Path(work), tries, random.Random(seed), bar.update, **more)
         except Lost as lost:
-            passed, note = bar.n, f"FAILED: {lost}"
+            passed, note = int(bar.n), f"FAILED: {lost}"
         except Skipped as skipped:
             passed, tries, note = 0, 0, f"skipped: {skipped}"
     return Result(name, tries, min(passed, tries - note.startswith("FAILED")), time.monotonic() - began, note)
