@@ -43,6 +43,7 @@ CHANGEABLE = {
     "data",
     "resume",
     "auto_resume",
+    "fall_back",
     "gpus",
     "cpu_ranks",
     "layout",
@@ -54,7 +55,7 @@ CHANGEABLE = {
     "workers",
 }
 CHANGEABLE |= {"decode_threads", "keep", "save_every", "log_every", "tensorboard", "wandb", "progress"}
-OWN = {"out", "resume", "auto_resume"}  # of each start, never taken over from another one's config.json
+OWN = {"out", "resume", "auto_resume", "fall_back"}  # of each start, never taken over from another one's config.json
 RECIPES = Path(__file__).parent / "recipes"
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
 
@@ -114,6 +115,7 @@ def pool_sizes(_context: click.Context, _parameter: click.Parameter, value: str)
 @option("--out", type=click.Path(path_type=Path), default=None, show_default="runs/VARIANT", help="The run.")
 @option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its options.")
 @option("--auto-resume", is_flag=True, help="--resume if --out holds a checkpoint, else begin: for restarts.")
+@option("--fall-back", is_flag=True, help="With --resume: pass over a damaged checkpoint for the one before.")
 @option("--gpus", type=click.IntRange(0), default=None, show_default="all there are", help="0 is the CPU.")
 @option("--cpu-ranks", type=click.IntRange(1), default=1, help="Processes on the CPU (with --gpus 0).")
 @option("--layout", type=click.Choice(LAYOUTS), default="data", help="How the network lies on several ranks.")
@@ -216,7 +218,9 @@ def main(**config: Any) -> None:
         )
     # whatever can be wrong with the data or the output is said once, before any rank starts
     for split in ("train", "val"):
-        ShardReader(config["data"] / split).close()
+        reader = ShardReader(config["data"] / split)
+        reader.check_counts()
+        reader.close()
     if not config["resume"] and Checkpoints(config["out"]).paths():
         raise ModelError(f"{config['out']} holds a run already: go on with --resume, or give another --out")
     with writing(config["out"]):
@@ -229,8 +233,10 @@ def resume_config(config: dict[str, Any]) -> None:
     path = config["out"] / "config.json"
     try:
         saved = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return  # there is no run, or not yet a checkpoint: that is said later
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged ({error}): restore it, the run's options are in it") from None
     context = click.get_current_context()
     for name in config.keys() & saved.keys():
         given = context.get_parameter_source(name) not in (
@@ -327,7 +333,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         "network": network.options,
     }
     if config["resume"]:
-        saved = checkpoints.newest()
+        saved = checkpoints.newest(config["fall_back"], click.echo if ranks.first else lambda line: None)
         began = {"network": {}, **saved["identity"]}  # checkpoints without it are of the variant as it is
         for key, value in identity.items():
             if began.get(key) != value:
@@ -454,6 +460,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
             errors = {}
             if config["train_error"]:
                 errors["error"] = 1 - ranks.sum(hits).item() / steps / (layout.batch * ranks.world_size)
+            check_scale(scaler, config["out"])
             seconds = time.perf_counter() - window_start
             log.write(
                 "train",
@@ -505,6 +512,15 @@ def diverged(what: str, out: Path) -> ModelError:
     )
 
 
+def check_scale(scaler: torch.amp.GradScaler, out: Path) -> None:
+    """Float16 skips a step whose gradients overflow and halves the loss scale: bounded at a scale of 1.
+
+    From the first scale, 65,536, that is 17 steps skipped in a row.
+    """
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise diverged("float16 gradients overflow at any loss scale", out)
+
+
 @torch.no_grad()
 def check_finite(network: torch.nn.Module, ranks: Ranks, out: Path) -> None:
     """No checkpoint holds a diverged network: the loss of a step tells nothing of the update after it."""
@@ -524,6 +540,16 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "fp16" and device.type == "cpu":
         raise ModelError("--amp fp16 needs a GPU: use --amp bf16 or --amp off on the CPU")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 class StopRequest:
@@ -553,7 +579,7 @@ class Log:
         out: Path = config["out"]
         out.mkdir(parents=True, exist_ok=True)
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-        (out / "config.json").write_text(json.dumps(plain, indent=2) + "\n")
+        replace_text(out / "config.json", json.dumps(plain, indent=2) + "\n")
         self.jsonl_path, self.csv_path = out / "log.jsonl", out / "metrics.csv"
         self._forget_after(step)
         self.jsonl = self.jsonl_path.open("a")
@@ -592,9 +618,7 @@ class Log:
         writer.writeheader()
         writer.writerows(rows)
         for path, text in ((self.jsonl_path, "".join(kept)), (self.csv_path, table.getvalue())):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text)
-            temporary.replace(path)
+            replace_text(path, text)
 
     def _row(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         """The epoch's row of metrics.csv once its validation is known: last training line and validation."""

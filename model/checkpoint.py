@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def load(path: Path) -> dict[str, Any]:
     body, digest = memoryview(content)[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ModelError(
-            f"the checkpoint {path} is damaged (its checksum does not match): delete it, and an earlier one "
-            "of the run is used"
+            f"the checkpoint {path} is damaged (its checksum does not match): go on from the one before with "
+            "--resume --fall-back"
         )
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
@@ -80,24 +81,44 @@ class Checkpoints:
         for stale in self.out.glob(".*.tmp"):
             stale.unlink()
         path = self.out / f"checkpoint-{state['step']:09d}.pt"
-        save(path, state)
         if best:
-            link = self.out / ".best.pt.tmp"
+            # before the numbered one: a run killed in between goes on from an earlier step and finds this best
+            # again; the other way round it would never write it
+            save(self.out / "best.pt", state)
+            link = self.out / f".{path.name}.tmp"
             try:
-                os.link(path, link)
-                link.replace(self.out / "best.pt")
+                os.link(self.out / "best.pt", link)
+                link.replace(path)
+                _sync_folder(self.out)
             except OSError:  # a file system without hard links
-                save(self.out / "best.pt", state)
+                link.unlink(missing_ok=True)
+                save(path, state)
+        else:
+            save(path, state)
         for old in self.paths()[self.keep :]:
             old.unlink()
         return path
 
-    def newest(self) -> dict[str, Any]:
-        """The newest checkpoint; raises ModelError if there is none or it is damaged."""
+    def newest(
+        self, fall_back: bool = False, say: Callable[[str], None] = lambda line: None
+    ) -> dict[str, Any]:
+        """The newest checkpoint; raises ModelError if there is none or it is damaged.
+
+        `fall_back`: a damaged one is passed over, which `say` is told, for the one before.
+        """
         paths = self.paths()
         if not paths:
             raise ModelError(f"{self.out} holds no checkpoint to resume from: start without --resume")
-        return load(paths[0])
+        for path in paths:
+            try:
+                return load(path)
+            except ModelError as error:
+                if not fall_back:
+                    raise
+                say(f"passed over: {error.message}")
+        raise ModelError(
+            f"all {len(paths)} checkpoints in {self.out} are damaged: begin again with another --out"
+        )
 
 
 def find(run: Path) -> Path:

@@ -16,8 +16,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from pipeline.shards import (
     shard_name,
     write_atomic,
 )
-from pipeline.workers import Crashed, Report, WorkerPool
+from pipeline.workers import SECONDS_AN_ITEM, Crashed, Report, WorkerPool
 
 # At most so many images a shard: about 120 MB, a quarter of a minute of work to lose. Small sets are cut into
 # MIN_SHARDS all the same, to keep the workers busy, but not into shards of fewer than MIN_IMAGES.
@@ -78,7 +78,9 @@ class _ShardJob:
     source: Path
     images: list[RawImage]
     options: Options
-    crashers: frozenset[int] = frozenset()  # positions in `images` not to be touched again
+    crashers: Mapping[int, str] = field(
+        default_factory=dict
+    )  # positions in `images` not to be touched again: why
 
 
 def build_split(
@@ -105,11 +107,12 @@ def build_split(
         if resume and not partial.exists() and (final / MANIFEST).exists():
             manifest = Manifest.load(final)
             if manifest.fingerprint == fingerprint:
+                _remove_replaced(final)  # if it was killed before that
                 return Summary(final, manifest.count, manifest.rejected, total, time.monotonic() - started)
             raise DataError(
                 f"{final} was built from other images or with other options: replace it with --overwrite"
             )
-        lock = _claim(final, partial, fingerprint, resume, overwrite)
+        lock = _claim(final, partial, fingerprint, _stamp(source), resume, overwrite)
         try:
             resumed = 0
             if not (partial / MANIFEST).exists():
@@ -146,10 +149,26 @@ def _fingerprint(source: Source, options: Options, plan: list[list[int]]) -> str
     return digest.hexdigest()
 
 
+def _stamp(source: Source) -> str:
+    """Sizes and times of change of the source's files: kept with an unfinished build, whose images must stay.
+
+    Not in the manifest: a copy of the images has other times, and is the same data set.
+    """
+    digest = hashlib.sha256()
+    paths = (source.path / i.name for i in source.images) if source.path.is_dir() else [source.path]
+    for path in map(os.fspath, paths):
+        try:
+            file = os.stat(path)  # noqa: PTH116 - a million times
+            digest.update(b"%d %d\n" % (file.st_size, file.st_mtime_ns))
+        except OSError:
+            digest.update(b"gone\n")
+    return digest.hexdigest()
+
+
 # --- the directory of an unfinished build ------------------------------------------------------------------
 
 
-def _claim(final: Path, partial: Path, fingerprint: str, resume: bool, overwrite: bool) -> int:
+def _claim(final: Path, partial: Path, fingerprint: str, stamp: str, resume: bool, overwrite: bool) -> int:
     """Make or take over `partial`; returns the descriptor of its lock."""
     if not (resume or overwrite):
         if partial.exists():
@@ -180,6 +199,11 @@ def _claim(final: Path, partial: Path, fingerprint: str, resume: bool, overwrite
                     f"{partial} was begun from other images or with other options: "
                     "repeat those, or start afresh with --overwrite"
                 )
+            if known.get("stamp", stamp) != stamp:
+                os.close(lock)
+                raise DataError(
+                    f"images have changed since {partial} was begun: start afresh with --overwrite"
+                )
             if final.exists() and not known["overwrite"]:
                 os.close(lock)
                 raise DataError(f"{final} already exists beside {partial}: replace both with --overwrite")
@@ -188,7 +212,7 @@ def _claim(final: Path, partial: Path, fingerprint: str, resume: bool, overwrite
     partial.mkdir(parents=True)
     lock = _lock(partial)
     work.mkdir()
-    content = {"fingerprint": fingerprint, "overwrite": overwrite}
+    content = {"fingerprint": fingerprint, "stamp": stamp, "overwrite": overwrite}
     write_atomic(started, json.dumps(content).encode())
     return lock
 
@@ -259,7 +283,7 @@ def _write_shards(
             pool.submit(number, job)
         for number, event in pool.events(tick):
             if isinstance(event, Crashed):
-                jobs[number] = _after_crash(jobs[number], event.position, crashes[number])
+                jobs[number] = _after_crash(jobs[number], event, crashes[number])
                 pool.submit(number, jobs[number], first=True)
             else:
                 done += len(jobs[number].images)
@@ -267,11 +291,14 @@ def _write_shards(
     return resumed
 
 
-def _after_crash(job: _ShardJob, position: int, crashes: list[int]) -> _ShardJob:
+def _after_crash(job: _ShardJob, crash: Crashed, crashes: list[int]) -> _ShardJob:
     """The job to try next. A file that kills two workers is to blame; else something from outside was."""
-    crashes.append(position)
-    if position >= 0 and crashes.count(position) == 2:
-        return replace(job, crashers=job.crashers | {position})
+    crashes.append(crash.position)
+    if crash.position >= 0 and crashes.count(crash.position) == 2:
+        why = (
+            f"takes more than {SECONDS_AN_ITEM:.0f} s to decode" if crash.too_long else "crashed the decoder"
+        )
+        return replace(job, crashers={**job.crashers, crash.position: why})
     if len(crashes) - 2 * len(job.crashers) >= MAX_CRASHES:
         raise DataError(
             f"worker processes were killed {len(crashes)} times in {shard_name(job.number)} (out of memory?): "
@@ -314,7 +341,7 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
             report(position)
             try:
                 if position in job.crashers:
-                    raise RejectedError("crashed the decoder")
+                    raise RejectedError(job.crashers[position])
                 bgr = prepare_bgr(_read(reader, image, job.source), options.size)
                 data = encode_bgr(bgr, options.encoding, options.quality or 0)
             except RejectedError as error:
@@ -404,14 +431,21 @@ def _write_manifest(
 def _publish(partial: Path, final: Path) -> Manifest:
     """Make a complete build visible; safe to repeat after a kill at any line."""
     manifest = Manifest.load(partial)
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        final.rename(old)
     shutil.rmtree(partial / "work", ignore_errors=True)
+    if final.exists():
+        _remove_replaced(final)
+        final.rename(_replaced(final))
     partial.rename(final)
     fsync_directory(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    _remove_replaced(final)
     return manifest
+
+
+def _replaced(final: Path) -> Path:
+    """Where --overwrite puts the old data set for the moment between two renames."""
+    return final.with_name(final.name + ".replaced")
+
+
+def _remove_replaced(final: Path) -> None:
+    if _replaced(final).exists():
+        shutil.rmtree(_replaced(final))

@@ -7,6 +7,7 @@ https://docs.nvidia.com/deeplearning/dali/user-guide/docs/operations/nvidia.dali
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,9 +28,11 @@ from pipeline import DataError
 from pipeline.feed import EvalFeed, TrainFeed
 from pipeline.plan import Plan
 from pipeline.prepare import decode
+from pipeline.readers import ReaderWatch, check_shared_memory
 from pipeline.shards import Manifest, ShardReader
 
 MEANS = ("pixel", "channel", "none")
+READ_AHEAD = 2  # batches that the reader processes are ahead: a slow read does not stall the graph
 # their stubs know neither keyword dictionaries nor constants as arguments
 fn: Any = dali.fn
 types: Any = dali.types
@@ -96,8 +99,7 @@ def graph(
         batch=True,
         batch_info=True,
         parallel=parallel,
-        # two batches ahead: a slow read does not stall the graph
-        **({"prefetch_queue_depth": 2} if parallel else {}),
+        **({"prefetch_queue_depth": READ_AHEAD} if parallel else {}),
         dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT],
         ndim=[3 if raw else 1, 0, 1, 0, 1],
     )
@@ -164,6 +166,11 @@ def graph(
     return images, label.gpu() if gpu else label
 
 
+def record_bytes(manifest: Manifest) -> int:
+    """A stored image's size on disk, on average."""
+    return sum(shard["bytes"] for shard in manifest.shards) // max(1, manifest.count)
+
+
 def cpu_threads(ranks_here: int = 1) -> int:
     """This process's share of the cores it may use."""
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
@@ -218,6 +225,11 @@ class Loader:
         self.preprocess = preprocess
         self._iteration = 0
         self._device = device
+        # On the CPU, decoding ahead takes cores from under the step that runs on all of them, and each waits
+        # for the other: one after the other is quicker.
+        depth = prefetch or (2 if device == "gpu" else 1)
+        if workers:
+            check_shared_memory(batch * record_bytes(feed.reader.manifest), depth + READ_AHEAD)
         self._pipe: Pipeline = graph(
             feed,
             preprocess,
@@ -229,30 +241,46 @@ class Loader:
             batch_size=batch,
             num_threads=threads or cpu_threads(),
             device_id=device_id,
-            # On the CPU, decoding ahead takes cores from under the step that runs on all of them, and each waits
-            # for the other: one after the other is quicker.
-            prefetch_queue_depth=prefetch or (2 if device == "gpu" else 1),
+            prefetch_queue_depth=depth,
             py_num_workers=max(1, workers),
             py_start_method="spawn",  # fork would copy a process that holds CUDA and OpenMP threads
             exec_dynamic=True,  # outputs are new buffers, kept as long as torch holds them: no copy
         )
+        others = set(multiprocessing.active_children())
         with light_readers(), warnings.catch_warnings():
             # ten crops and raw records use not all that a feed gives, which costs a few bytes a sample
             warnings.filterwarnings("ignore", message=".*outputs at the indices.*are not used")
-            self._pipe.build()
+            try:
+                self._pipe.build()
+            except OSError as error:  # of the queues, when shared memory is full to the last byte
+                raise DataError(
+                    f"processes that read shards cannot be started ({error.strerror}): docker run --shm-size 1g, "
+                    "or --workers 0"
+                ) from None
+            except RuntimeError as error:
+                if "Workers initialization failed" not in str(error):
+                    raise
+                raise DataError(
+                    "a process that reads shards died at its start: go on with --workers 0"
+                ) from None
+        self._watch = ReaderWatch(list(set(multiprocessing.active_children()) - others), self._pipe)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            if self._device == "gpu":
-                images, labels = self._pipe.run(torch.cuda.current_stream())
-            else:
-                images, labels = self._pipe.run()
+            with self._watch.inside():
+                if self._device == "gpu":
+                    images, labels = self._pipe.run(torch.cuda.current_stream())
+                else:
+                    images, labels = self._pipe.run()
         except StopIteration:
-            self._pipe.reset()
+            with self._watch.inside():
+                self._pipe.reset()
             self._iteration = 0
+            raise
+        except DataError:
             raise
         except Exception as error:  # DALI raises bare ones for what fails in a reader process
             raise self._explain(error) from error
@@ -282,6 +310,7 @@ class Loader:
 
     def close(self) -> None:
         """Stops the reader processes and frees their shared memory."""
+        self._watch.close()
         del self._pipe
 
 

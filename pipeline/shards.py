@@ -310,6 +310,17 @@ class ShardReader:
                 raise DataError(self._damage(shard, local, f"{data.size} bytes of pixels")) from None
         return data, datum.label
 
+    def check_counts(self) -> None:
+        """Open every shard and count its records; DataError names the one that has more or fewer."""
+        for shard in range(len(self._ends)):
+            try:
+                self._open(shard)
+            except lmdb.Error as error:
+                where = self.split_dir / self.manifest.shards[shard]["name"]
+                raise DataError(
+                    f"cannot read shard {where} ({error}): restore it or build the data set again"
+                ) from None
+
     def close(self) -> None:
         """Release the files; a later read opens them again."""
         for transaction in self._transactions:

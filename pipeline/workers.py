@@ -19,6 +19,11 @@ from typing import Any
 
 from pipeline import DataError
 
+# Processor time, so that a busy machine or a slow disk is not taken for a decoder that hangs. A JPEG of as many
+# pixels as prepare.py lets through takes about three seconds.
+SECONDS_AN_ITEM = 5.0
+_TICKS = os.sysconf("SC_CLK_TCK")
+
 Report = Callable[[int], None]  # a job calls it with the position of the item that it starts
 
 
@@ -31,9 +36,13 @@ class Done:
 
 @dataclass(frozen=True)
 class Crashed:
-    """The process died at item `position` (-1: before the first or after the last)."""
+    """The process died at item `position` (-1: before the first or after the last).
+
+    `too_long`: it was killed, because one item took more than SECONDS_AN_ITEM.
+    """
 
     position: int
+    too_long: bool = False
 
 
 @dataclass
@@ -42,6 +51,8 @@ class _Worker:
     pipe: connection.Connection
     progress: Any  # shared [position of the item in work, items begun]
     number: int | None = None  # of the job in work
+    item: tuple[int, float] = (-1, 0.0)  # items begun, and the processor time used when that was first seen
+    too_long: bool = False
 
 
 class WorkerPool:
@@ -101,7 +112,7 @@ class WorkerPool:
                     worker.process.join()
                     worker.pipe.close()
                     self._workers.remove(worker)
-                    yield number, Crashed(worker.progress[0])
+                    yield number, Crashed(worker.progress[0], worker.too_long)
                     continue
                 worker.number = None
                 if kind == "data error":
@@ -111,14 +122,27 @@ class WorkerPool:
                 yield number, Done(value)
             if time.monotonic() - last_tick >= 0.1:
                 last_tick = time.monotonic()
+                self._kill_what_hangs()
                 tick()
+
+    def _kill_what_hangs(self) -> None:
+        """`events` then finds them dead."""
+        for worker in self._workers:
+            if worker.number is None or worker.progress[0] < 0:
+                continue
+            used, begun = _processor_seconds(worker.process.pid), worker.progress[1]
+            if worker.item[0] != begun:
+                worker.item = (begun, used)
+            elif used - worker.item[1] > SECONDS_AN_ITEM:
+                worker.too_long = True
+                worker.process.kill()
 
     def _hand_out(self) -> None:
         idle = [worker for worker in self._workers if worker.number is None]
         while self._pending and (idle or len(self._workers) < self._count):
             worker = idle.pop() if idle else self._start()
             number, job = self._pending.popleft()
-            worker.progress[0], worker.progress[1] = -1, 0
+            worker.progress[0], worker.progress[1], worker.item = -1, 0, (-1, 0.0)
             worker.number = number
             try:
                 worker.pipe.send(job)
@@ -134,6 +158,16 @@ class WorkerPool:
         worker = _Worker(process, ours, progress)
         self._workers.append(worker)
         return worker
+
+
+def _processor_seconds(pid: int) -> float:
+    """Time that a process and its threads have computed; 0 when it is gone or the system does not tell."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - ten times a second
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def _serve(function: Callable[[Any, Report], Any], pipe: connection.Connection, progress: Any) -> None:
