@@ -55,7 +55,8 @@ CHANGEABLE = {
     "workers",
 }
 CHANGEABLE |= {"decode_threads", "keep", "save_every", "log_every", "tensorboard", "wandb", "progress"}
-OWN = {"out", "resume", "auto_resume", "fall_back"}  # of each start, never taken over from another one's config.json
+# of each start, never taken over from another one's config.json
+OWN = {"out", "resume", "auto_resume", "fall_back"}
 RECIPES = Path(__file__).parent / "recipes"
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
 

@@ -37,12 +37,11 @@ CASES = {
 }
 
 
-def batch(step, size=BATCH):
+def batch(step):
     random = torch.Generator().manual_seed(step)
-    images = 50 * torch.randn(size, 3, SIZE, SIZE, generator=random, dtype=torch.float64)
-    return images.contiguous(memory_format=torch.channels_last), torch.randint(
-        CLASSES, (size,), generator=random
-    )
+    images = 50 * torch.randn(BATCH, 3, SIZE, SIZE, generator=random, dtype=torch.float64)
+    labels = torch.randint(CLASSES, (BATCH,), generator=random)
+    return images.contiguous(memory_format=torch.channels_last), labels
 
 
 def build(ranks, kind, variant, optimizer, dtype):
@@ -89,7 +88,7 @@ def train(
         losses.append(ranks.sum(total / ranks.world_size).item())
         saved = {"model": layout.state_dict(), "optimizer": layout.optimizer_state_dict(update)}
         saved["ema"] = ema.state_dict(layout.whole)
-    own = (x.chunk(ranks.world_size)[ranks.rank] for x in batch(99, 6))
+    own = (x.chunk(ranks.world_size)[ranks.rank] for x in batch(99))
     metrics = evaluate(layout.plain_network(layout.network).to(torch.float64), [tuple(own)], ranks)
     return {**saved, "losses": losses, "metrics": metrics}
 
@@ -159,7 +158,7 @@ def test_two_ranks_take_the_steps_of_one(name, on_two, small):
             theirs = two["optimizer"]["state"][index]["momentum_buffer"]
             torch.testing.assert_close(theirs, entry["momentum_buffer"], rtol=1e-8, atol=1e-9)
         assert two["optimizer"]["param_groups"] == one["optimizer"]["param_groups"]
-    assert two["metrics"]["count"] == one["metrics"]["count"] == 6
+    assert two["metrics"]["count"] == one["metrics"]["count"] == BATCH
     assert two["metrics"]["loss"] == pytest.approx(
         one["metrics"]["loss"], rel=1e-5 if "amp" not in case else 0.02
     )
