@@ -123,9 +123,13 @@ class Run:
 class Workers:
     """Runs train.py's runs, `jobs` at a time, each on its own GPU or its own share of the cores."""
 
-    def __init__(self, jobs: int, gpus: int, lock: IO[str]) -> None:
+    def __init__(self, jobs: int, gpus: int, threads: int | None, lock: IO[str]) -> None:
         self.jobs, self.gpus, self.lock = jobs, gpus, lock
-        self.threads = max(1, cpu_threads() // jobs)
+        self.threads = threads or max(1, cpu_threads() // jobs)
+        # how a run is computed, not what: another machine may go on with it
+        self.options = ["--no-progress", "--no-tensorboard", "--keep", "1"]
+        if not gpus:
+            self.options += ["--workers", "0", "--decode-threads", str(self.threads)]
         self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(jobs):
             self.slots.put(slot)
@@ -165,7 +169,7 @@ class Workers:
             return
         slot = self.slots.get()
         try:
-            arguments = [*run.arguments, "--out", str(run.out), "--seed", str(run.seed)]
+            arguments = [*self.options, *run.arguments, "--out", str(run.out), "--seed", str(run.seed)]
             if Checkpoints(run.out).paths():
                 arguments.append("--resume")
             code, error = self.call("train.py", arguments, slot, run)
@@ -318,6 +322,9 @@ def reaches(errors: list[float], target: float | None) -> float | None:
 @option("--jobs", type=click.IntRange(1), default=None, show_default="one a GPU; 1 on the CPU")
 @option("--gpus", type=click.IntRange(0), default=None, show_default="all there are", help="0: the CPU.")
 @option(
+    "--threads", type=click.IntRange(1), default=None, show_default="a share of the cores", help="A job's."
+)
+@option(
     "--figure1", type=click.Path(path_type=Path), default=None, help="CIFAR-10: archive, folders or shards."
 )
 @option("--activations", default="relu,tanh", help="Of figure 1, with commas between.")
@@ -343,14 +350,11 @@ def main(**config: Any) -> None:
         for split in ("train", "val"):
             ShardReader(config["data"] / split).close()
     with locked(out) as lock:
-        workers = Workers(jobs, gpus, lock)
-        common = ["--no-progress", "--no-tensorboard", "--keep", "1", "--workers", "0" if not gpus else "1"]
-        common += [] if gpus else ["--decode-threads", str(workers.threads)]
+        workers = Workers(jobs, gpus, config["threads"], lock)
         parts: dict[str, Any] = {}
         failed: list[str] = []
         if config["data"] is not None:
             options = [
-                *common,
                 "--data",
                 str(config["data"]),
                 "--epochs",
@@ -371,7 +375,6 @@ def main(**config: Any) -> None:
             runs, parts["figure1"] = figure1(
                 data,
                 out,
-                common,
                 names,
                 rates,
                 config["seeds"],
@@ -530,7 +533,6 @@ def cifar_shards(source: Path, out: Path) -> Path:
 def figure1(
     data: Path,
     out: Path,
-    common: list[str],
     activations: list[str],
     rates: list[str],
     seeds: int,
@@ -543,7 +545,7 @@ def figure1(
     No augmentation, no regularisation, a constant rate; the error is the running one of the epoch.
     """
     size = ShardReader(data / "train").manifest.size
-    options = [*common, "--data", str(data), "--variant", "cifar", "--crop", str(size), "--train-error"]
+    options = ["--data", str(data), "--variant", "cifar", "--crop", str(size), "--train-error"]
     options += ["--augment", "none", "--color-std", "0", "--weight-decay", "0", "--dropout", "0"]
     options += ["--schedule", "plateau", "--patience", "100000"]  # the rate stays as it is
     folder = out / "figure1"
