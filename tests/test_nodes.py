@@ -15,17 +15,12 @@ from test_train import ROOT, newest, same_weights
 
 PORT = 29500
 # log every step, so that the log shows which steps were taken
-OPTIONS = ["--gpus", "0", "--crop", "96", "--global-batch", "16", "--workers", "0", "--log-every", "1"]
-OPTIONS += [
-    "--no-progress",
-    "--no-tensorboard",
-    "--decode-threads",
-    "1",
-    "--epochs",
-    "2",
-    "--save-every",
-    "4",
-]
+OPTIONS = ["--gpus", "0", "--crop", "67", "--global-batch", "16", "--workers", "0", "--log-every", "1"]
+OPTIONS += ["--no-progress", "--no-tensorboard", "--decode-threads", "1", "--epochs", "2"]
+OPTIONS += ["--save-every", "4", "--auto-resume"]
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+# torch 2.13 shares the rendezvous's store with the ranks, and then never tells its address to a later torchrun
+ENVIRONMENT |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def ip(*arguments: str) -> str:
@@ -46,20 +41,8 @@ def nodes() -> Iterator[list[str]]:
     try:
         for name in names:
             ip("netns", "add", name)
-        ip(
-            "link",
-            "add",
-            "eth0",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            names[1],
-        )
+        here, there = (["name", "eth0", "netns", name] for name in names)
+        ip("link", "add", *here, "type", "veth", "peer", *there)
         for i, name in enumerate(names):
             ip("-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "lo", "up")
@@ -85,23 +68,15 @@ def start_node(names: list[str], i: int, data: Path, out: Path) -> subprocess.Po
     # after 2 seconds instead of 15
     conf = f"is_host={not i},keep_alive_interval=1,keep_alive_max_attempt=2"
     launcher += ["--rdzv-conf", conf, "--local-addr", f"10.77.0.{i + 1}", "--max-restarts", "3"]
-    command = [*launcher, str(ROOT / "train.py"), "--data", str(data), "--out", str(out), *OPTIONS, *GO_ON]
+    command = [*launcher, str(ROOT / "train.py"), "--data", str(data), "--out", str(out), *OPTIONS]
     return subprocess.Popen(
         ["ip", "netns", "exec", names[i], *command],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "GLOO_SOCKET_IFNAME": "eth0",
-            "OMP_NUM_THREADS": "1",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        },
+        env={**os.environ, **ENVIRONMENT},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-GO_ON = ["--auto-resume"]
 
 
 def steps_logged(out: Path) -> list[dict[str, object]]:
