@@ -92,8 +92,9 @@ def build_split(
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    make_pool: Callable[..., Any] | None = None,
 ) -> Summary:
-    """Build OUT/<split> from `source`.
+    """Build OUT/<split> from `source`, on `workers` processes, or on what make_pool(function, workers) gives.
 
     progress(images done, images in all) is called about ten times a second. DataError for everything that the
     user can put right, a full disk included; after it, or a kill, `resume` goes on.
@@ -116,7 +117,7 @@ def build_split(
         try:
             resumed = 0
             if not (partial / MANIFEST).exists():
-                resumed = _write_shards(source, partial, options, plan, workers, progress)
+                resumed = _write_shards(source, partial, options, plan, workers, progress, make_pool)
                 _write_manifest(source, partial, options, plan, fingerprint)
             manifest = _publish(partial, final)
         finally:
@@ -263,6 +264,7 @@ def _write_shards(
     plan: list[list[int]],
     workers: int,
     progress: Callable[[int, int], None],
+    make_pool: Callable[..., Any] | None = None,
 ) -> int:
     """Write every shard that has no note yet; returns how many images had been done before."""
     jobs = {}
@@ -274,7 +276,7 @@ def _write_shards(
     resumed = done = total - sum(len(job.images) for job in jobs.values())
     progress(done, total)
     crashes: dict[int, list[int]] = {number: [] for number in jobs}
-    with WorkerPool(write_shard, min(workers, len(jobs))) as pool:
+    with (make_pool or WorkerPool)(write_shard, min(workers, len(jobs))) as pool:
 
         def tick() -> None:
             progress(done + pool.items_begun(), total)

@@ -4,13 +4,15 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
+from pipeline import DataError
 from pipeline.build import MAX_IMAGES_PER_SHARD, Options, Summary, build_split
 from pipeline.cifar import is_archive, unpack
 from pipeline.raw import find_splits, open_source
@@ -46,6 +48,11 @@ SHOWN_REASONS = 5
     "--workers", type=click.IntRange(1), help="Processes that decode and write.  [default: one a core]"
 )
 @click.option(
+    "--scheduler",
+    metavar="tcp://HOST:PORT",
+    help="Of a Dask cluster whose workers do the work; they must see SOURCE and OUT by the same paths.",
+)
+@click.option(
     "--encoding",
     type=click.Choice(ENCODINGS),
     default="jpeg",
@@ -74,6 +81,7 @@ def main(
     devkit: Path | None,
     names: Path | None,
     workers: int | None,
+    scheduler: str | None,
     encoding: str,
     quality: int | None,
     size: int,
@@ -103,6 +111,14 @@ def main(
         raise click.UsageError(f"--quality is for JPEGs, but --encoding is {encoding}")
     quality = (quality or DEFAULT_QUALITY) if encoding == "jpeg" else None
     options = Options(size, encoding, quality, images_per_shard, seed)
+    if scheduler:
+        if workers:
+            raise click.UsageError("--workers is for this machine, --scheduler has workers of its own")
+        if is_archive(source):
+            raise click.UsageError(
+                "--scheduler takes class folders or tars: the workers cannot see what is unpacked here"
+            )
+        source, out = source.absolute(), out.absolute()
     images_folder = tempfile.TemporaryDirectory() if is_archive(source) else None  # gone with the command
     if images_folder:
         click.echo(f"unpacking {source}", err=True)
@@ -112,31 +128,51 @@ def main(
     if labels and len(splits) > 1:
         raise click.UsageError("--labels is for one split: give --split train or --split val as well")
     try:
-        for name, path in splits.items():
-            with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:
-                images = open_source(
-                    path,
-                    name,
-                    labels=labels,
-                    devkit=devkit,
-                    names=names,
-                    train_wnids=_train_wnids(out) if name == "val" else None,
-                    tick=lambda _: bar.update(),
-                )
-            with tqdm(desc=name, total=len(images.images), unit=" images", smoothing=0.1) as bar:
-                summary = build_split(
-                    images,
-                    out,
-                    options,
-                    workers=workers or len(os.sched_getaffinity(0)),
-                    resume=resume,
-                    overwrite=overwrite,
-                    progress=_progress_of(bar),
-                )
-            _report(summary)
+        with _pools(scheduler, source, out) as make_pool:
+            for name, path in splits.items():
+                with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:
+                    images = open_source(
+                        path,
+                        name,
+                        labels=labels,
+                        devkit=devkit,
+                        names=names,
+                        train_wnids=_train_wnids(out) if name == "val" else None,
+                        tick=lambda _: bar.update(),
+                    )
+                with tqdm(desc=name, total=len(images.images), unit=" images", smoothing=0.1) as bar:
+                    summary = build_split(
+                        images,
+                        out,
+                        options,
+                        workers=workers or len(os.sched_getaffinity(0)),
+                        resume=resume,
+                        overwrite=overwrite,
+                        progress=_progress_of(bar),
+                        make_pool=make_pool,
+                    )
+                _report(summary)
     except KeyboardInterrupt:
         click.echo("\nInterrupted: continue with --resume.", err=True)
         sys.exit(130)
+
+
+@contextmanager
+def _pools(scheduler: str | None, source: Path, out: Path) -> Iterator[Callable[..., Any] | None]:
+    """What makes the pool that writes the shards: the cluster of `scheduler`, or None for this machine."""
+    if scheduler is None:
+        yield None
+        return
+    try:
+        from pipeline.cluster import Cluster
+    except ImportError:
+        raise DataError("--scheduler needs Dask: pip install 'alexnet-dali[cluster]'") from None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {out}: {error.strerror}; name another OUT") from None
+    with Cluster(scheduler, source, out) as cluster:
+        yield cluster.pool
 
 
 def _train_wnids(out: Path) -> list[str] | None:

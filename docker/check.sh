@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Builds docker/Dockerfile and runs the demo in the image, where there is no Docker: needs root, buildah and, unless
+# BASE names an image, debootstrap (Debian: apt-get install buildah debootstrap). Everything is in a temporary folder,
+# about 15 GB, and goes with it.
+#
+#   docker/check.sh          about 10 minutes on two cores
+#   docker/check.sh --fast   the demo trains for one epoch instead of eight
+#
+# BASE          the image to build upon (default: a fresh Debian: no GPU, the CPU is what is checked)
+# SUITE, MIRROR what debootstrap installs (default: bookworm from deb.debian.org)
+# BUILDAH_ARGS  further arguments of `buildah build`, for instance "--volume /etc/pip.conf:/etc/pip.conf:ro"
+# TMPDIR        where the temporary folder is made
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fail() { echo "docker/check.sh: $1" >&2; exit "${2:-1}"; }
+demo=(python tools/demo.py)
+case "${1-}" in
+  '') ;;
+  --fast) demo+=(--train-images 1920) ;;
+  *) fail "unknown argument $1: use --fast or none" 2 ;;
+esac
+[ "$(id -u)" = 0 ] || fail "needs root, to change root into the image"
+command -v buildah >/dev/null || fail "buildah is missing: apt-get install buildah"
+[ -n "${BASE-}" ] || command -v debootstrap >/dev/null ||
+  fail "debootstrap is missing: apt-get install debootstrap, or give BASE=<image>"
+
+# chroot and vfs ask nothing of the kernel: they work inside containers and virtual machines too
+export BUILDAH_ISOLATION=${BUILDAH_ISOLATION-chroot} STORAGE_DRIVER=${STORAGE_DRIVER-vfs}
+store=$(mktemp --directory --tmpdir alexnet-image-XXXXXX)
+b() { buildah --root "$store/storage" --runroot "$store/run" "$@"; }
+clean() {
+  b rm --all >/dev/null 2>&1 || true
+  # something of the host could still be mounted in there: then nothing is deleted
+  if grep -q " $store/" /proc/mounts; then
+    awk -v store="$store/" 'index($2, store) == 1 {print $2}' /proc/mounts | sort -r | xargs -r umount || true
+  fi
+  if grep -q " $store/" /proc/mounts; then
+    echo "docker/check.sh: $store is still mounted and left as it is" >&2
+  else
+    rm -rf "$store"
+  fi
+}
+trap clean EXIT
+trap 'exit 130' INT TERM
+
+base=${BASE-}
+if [ -z "$base" ]; then
+  base=localhost/base
+  echo "== a fresh ${SUITE:=bookworm}"
+  container=$(b from scratch)
+  # minbase has no certificates: the packages of the mirror are signed, so plain http does
+  debootstrap --variant=minbase "$SUITE" "$(b mount "$container")" "${MIRROR:-http://deb.debian.org/debian}" \
+    >"$store/debootstrap.log" || { tail -3 "$store/debootstrap.log" >&2; fail "debootstrap failed"; }
+  b umount "$container" >/dev/null
+  b commit --quiet --rm "$container" "$base" >/dev/null
+fi
+
+echo "== docker/Dockerfile on $base"
+# shellcheck disable=SC2086 -- several arguments
+b build ${BUILDAH_ARGS-} --layers=false --build-arg "BASE=$base" --tag localhost/alexnet-dali \
+  --file docker/Dockerfile .
+
+echo "== the demo in it, as its own user"
+container=$(b from localhost/alexnet-dali)
+in_image() { b run "$container" -- "$@"; }
+user=$(in_image id -u)
+[ "$user" = 10001 ] || fail "the image's user is $user, not 10001"
+in_image sh -c '! touch /etc/written 2>/dev/null' || fail "the image's user can write to /etc"
+in_image sh -c 'touch /work/written && rm /work/written' || fail "the image's user cannot write to /work"
+in_image alexnet-train --help >/dev/null
+in_image "${demo[@]}"
+for picture in batch curves filters; do
+  in_image test -s "demo/$picture.png" || fail "the demo drew no $picture.png"
+done
+echo "docker/check.sh: the image builds and the demo runs in it as user $user"
