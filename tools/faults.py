@@ -31,7 +31,7 @@ from pipeline import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 120.0  # seconds that a command may take before it counts as hanging
-TRAIN_IMAGES, VAL_IMAGES, BATCH, EPOCHS = 24, 8, 8, 3  # images a class, two classes: 6 steps an epoch
+TRAIN_IMAGES, VAL_IMAGES, BATCH, EPOCHS = 24, 8, 8, 2  # images a class, two classes: 6 steps an epoch
 STEPS_PER_EPOCH = 2 * TRAIN_IMAGES // BATCH
 # the smallest crop that passes all pools; a checkpoint is 160 MB all the same, long enough to be killed in
 TRAIN = [
@@ -696,7 +696,7 @@ def _hostile(paths: list[Path], draw: random.Random, count: int) -> Iterator[byt
     for number in range(count):
         if number < len(crafted):
             yield crafted[number]
-        elif number < len(crafted) + len(paths) and count > 2 * len(paths):
+        elif number < len(crafted) + len(paths) and 2 * count > 3 * len(paths):
             yield paths[number - len(crafted)].read_bytes()
         else:
             both = [
