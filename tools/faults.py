@@ -418,9 +418,8 @@ def readers(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
     longest = 0.0
     for number in range(tries):
         out = work / f"readers-{number}"
-        command = Command(
-            ["train.py", "--data", data, "--out", out, *TRAIN, "--epochs", 50, "--workers", 1 + number % 2]
-        )
+        kind = [("--workers", 1), ("--cpu-ranks", 2), ("--workers", 2)][number % 3]
+        command = Command(["train.py", "--data", data, "--out", out, *TRAIN, "--epochs", 50, *kind])
         while command.running() and _lines(out / "log.jsonl") < 2:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 1))
@@ -439,11 +438,12 @@ def readers(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
 
 
 def _readers(command: Command) -> list[int]:
-    """The reader processes of a training: its children that were spawned."""
+    """The reader processes of a training: spawned, but no ranks."""
     found = []
     for pid in _session(command.process.pid):
         with contextlib.suppress(OSError):
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            spawned = b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            if spawned and "libtorch" not in Path(f"/proc/{pid}/maps").read_text():
                 found.append(pid)
     if not found:
         raise Lost(f"no reader processes: {command.text()[-300:]!r}")
