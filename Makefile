@@ -1,11 +1,13 @@
-# The five commands to remember: install, demo, test, lint, bench.
+# The six commands to remember: install, demo, test, lint, bench, faults.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # class folders of your own photographs; empty: the photographs inside the scikit-image wheel
 DATA ?=
+# faults: folders of images to begin the damaged ones from
+CORPUS ?=
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint bench faults
 
 install: $(VENV)/.installed
 
@@ -31,3 +33,6 @@ lint: install
 
 bench: install
 	$(BIN)/python tools/benchmark.py $(if $(DATA),'$(DATA)')
+
+faults: install
+	$(BIN)/python tools/faults.py $(foreach folder,$(CORPUS),--corpus '$(folder)')

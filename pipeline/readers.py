@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import connection
+from multiprocessing.util import Finalize
 from typing import Any
 
 from pipeline import DataError
@@ -33,6 +34,8 @@ class ReaderWatch:
     def __init__(self, processes: list[Any], pipe: Any) -> None:
         self._processes = processes
         self._pool = getattr(getattr(pipe, "_py_pool", None), "pool", None)
+        # A rank that ends with an error would wait for readers that nobody has told to end
+        self._at_exit = Finalize(None, _end, (processes, self._pool), exitpriority=100)
         self._died = threading.Event()
         self._closing = False
         self._entered = 0.0  # when DALI was called, 0 outside
@@ -61,6 +64,7 @@ class ReaderWatch:
     def close(self) -> None:
         """Stop watching, before the readers are told to end."""
         self._closing = True
+        self._at_exit.cancel()
         self._processes, self._pool = [], None  # they hold the queues' shared memory
 
     def _check(self) -> None:
@@ -88,6 +92,14 @@ class ReaderWatch:
             time.sleep(0.05)
         print(f"Error: {self.reason}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _end(processes: list[Any], pool: Any) -> None:
+    """Kill readers; DALI's close() then tells nobody to end: it could wait for a lock that died with them."""
+    if pool is not None:
+        pool._observer = None
+    for process in processes:
+        process.kill()
 
 
 def death(exitcode: int | None) -> str:

@@ -1,6 +1,8 @@
 """The plan of random decisions: pure, unbiased, and the same for every number of ranks."""
 
+import itertools
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import DataError
+from pipeline.feed import EvalFeed, TrainFeed
 from pipeline.plan import Plan, rank_slice
 
 
@@ -70,6 +73,59 @@ def test_the_shares_of_all_ranks_tile_the_whole(total, world):
     shares = [range(total)[rank_slice(total, rank, world)] for rank in range(world)]
     assert [i for share in shares for i in share] == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+class Records:
+    """Stands in for a ShardReader: record i is its own number."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        return np.array([index]), index
+
+
+def stream(plan: Plan, world: int, first: int, last: int) -> list[bytes]:
+    """(sample, label, crop, flip, colour) of every position of the global batches, all ranks together."""
+    basis = np.eye(3, dtype=np.float32)
+    feeds = [TrainFeed(Records(plan.count), plan, basis, r, world, first, last) for r in range(world)]
+    steps = []
+    for iteration in range(last - first):
+        parts = [feed(SimpleNamespace(iteration=iteration)) for feed in feeds]
+        steps.append(b"".join(np.concatenate([part[i] for part in parts]).tobytes() for i in range(5)))
+    with pytest.raises(StopIteration):
+        feeds[-1](SimpleNamespace(iteration=last - first))
+    return steps
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts=st.integers(1, 8), more=st.integers(0, 40), seed=st.integers(0, 2**63), stop=st.integers(0, 12))
+def test_the_stream_is_that_of_one_rank_for_any_ranks_also_after_resuming(parts, more, seed, stop):
+    batch = 4 * parts
+    plan = Plan(batch + more, batch, seed)
+    whole = stream(plan, 1, 0, 12)
+    assert len(set(whole)) == 12
+    for before, after in ((2, 2), (4, 4), (1, 4), (4, 2), (2, 1)):
+        assert stream(plan, before, 0, stop) + stream(plan, after, stop, 12) == whole
+
+
+@settings(max_examples=100, deadline=None)
+@given(count=st.integers(0, 500), batch=st.integers(1, 70), world=st.integers(1, 9))
+def test_evaluation_feeds_every_image_once_for_any_batch_and_ranks(count, batch, world):
+    seen = []
+    for rank in range(world):
+        feed = EvalFeed(Records(count), batch, 256, 224, rank, world)
+        for iteration in itertools.count():
+            try:
+                records, labels, *_ = feed(SimpleNamespace(iteration=iteration))
+            except StopIteration:
+                break
+            assert 0 < len(records) == len(labels) <= batch
+            seen += [int(record[0]) for record in records]
+    assert sorted(seen) == list(range(count))
 
 
 def test_bad_plans_are_refused_in_one_line():

@@ -271,6 +271,32 @@ def test_a_damaged_checkpoint_is_refused_by_name(whole, dataset, tmp_path):
     assert newest_path.name in error and "damaged" in error
 
 
+def test_falling_back_on_the_checkpoint_before_changes_nothing(whole, dataset, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    paths = Checkpoints(whole).paths()
+    for path in [*paths, whole / "config.json", whole / "log.jsonl"]:
+        os.link(path, out / path.name)
+    content = bytearray(paths[0].read_bytes())
+    content[len(content) // 3] ^= 1
+    (out / paths[0].name).unlink()
+    (out / paths[0].name).write_bytes(content)
+    assert "--fall-back" in one_line_error(run("--data", dataset, "--out", out, "--resume", code=1))
+    done = run("--data", dataset, "--out", out, "--resume", "--fall-back")
+    assert "passed over" in done.stdout and paths[0].name in done.stdout
+    assert same_weights(newest(out), newest(whole))
+
+
+def test_a_damaged_config_is_not_taken_for_the_defaults(whole, dataset, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    os.link(Checkpoints(whole).paths()[0], out / "checkpoint-000000012.pt")
+    (out / "config.json").write_text((whole / "config.json").read_text()[:99])
+    assert "config.json is damaged" in one_line_error(
+        run("--data", dataset, "--out", out, "--resume", code=1)
+    )
+
+
 def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
     done = run("--data", dataset, "--out", tmp_path / "r", "--epochs", 9, *SMALL, "--lr", "1e30", code=1)
     assert "diverged" in one_line_error(done)

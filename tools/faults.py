@@ -31,7 +31,7 @@ from pipeline import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 120.0  # seconds that a command may take before it counts as hanging
-TRAIN_IMAGES, VAL_IMAGES, BATCH, EPOCHS = 24, 8, 8, 3  # images a class, two classes: 6 steps an epoch
+TRAIN_IMAGES, VAL_IMAGES, BATCH, EPOCHS = 24, 8, 8, 2  # images a class, two classes: 6 steps an epoch
 STEPS_PER_EPOCH = 2 * TRAIN_IMAGES // BATCH
 # the smallest crop that passes all pools; a checkpoint is 160 MB all the same, long enough to be killed in
 TRAIN = [
@@ -418,9 +418,8 @@ def readers(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
     longest = 0.0
     for number in range(tries):
         out = work / f"readers-{number}"
-        command = Command(
-            ["train.py", "--data", data, "--out", out, *TRAIN, "--epochs", 50, "--workers", 1 + number % 2]
-        )
+        kind = [("--workers", 1), ("--cpu-ranks", 2), ("--workers", 2)][number % 3]
+        command = Command(["train.py", "--data", data, "--out", out, *TRAIN, "--epochs", 50, *kind])
         while command.running() and _lines(out / "log.jsonl") < 2:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 1))
@@ -439,11 +438,12 @@ def readers(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
 
 
 def _readers(command: Command) -> list[int]:
-    """The reader processes of a training: its children that were spawned."""
+    """The reader processes of a training: spawned, but no ranks."""
     found = []
     for pid in _session(command.process.pid):
         with contextlib.suppress(OSError):
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            spawned = b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            if spawned and "libtorch" not in Path(f"/proc/{pid}/maps").read_text():
                 found.append(pid)
     if not found:
         raise Lost(f"no reader processes: {command.text()[-300:]!r}")
@@ -696,7 +696,7 @@ def _hostile(paths: list[Path], draw: random.Random, count: int) -> Iterator[byt
     for number in range(count):
         if number < len(crafted):
             yield crafted[number]
-        elif number < len(crafted) + len(paths) and count > 2 * len(paths):
+        elif number < len(crafted) + len(paths) and 2 * count > 3 * len(paths):
             yield paths[number - len(crafted)].read_bytes()
         else:
             both = [
