@@ -304,7 +304,8 @@ def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "extra", [[], ["--amp", "fp16"], ["--amp", "off"], ["--compile"], ["--variant", "bn"]]
+    "extra",
+    [[], ["--amp", "fp16"], ["--amp", "off"], ["--compile"], ["--variant", "bn", "--optimizer", "lars"]],
 )
 def test_a_gpu_trains_and_resumes(dataset, tmp_path, extra):
     arguments = ["--data", dataset, "--out", tmp_path / "g", "--global-batch", "16", "--no-progress", *extra]
