@@ -455,7 +455,11 @@ def summarise(claims: list[str], runs: list[Run]) -> list[dict[str, Any]]:
         claim = next((c for c in claims if c in CLAIMS and name in CLAIMS[c].runs), None)
         row: dict[str, Any] = {"run": name, "claim": claim, "seeds": seeds}
         if claim:
-            row |= {"switch": shlex.join(CLAIMS[claim].runs[name]), "paper": CLAIMS[claim].paper}
+            row |= {
+                "switch": shlex.join(CLAIMS[claim].runs[name]),
+                "says": CLAIMS[claim].says,
+                "paper": CLAIMS[claim].paper,
+            }
         pairs = [seed for seed in seeds if (BASELINE, seed) in done]
         for key, of in (
             ("top1", lambda r: 100 * (1 - r["top1"][-1])),
@@ -615,12 +619,12 @@ def as_markdown(parts: dict[str, Any]) -> str:
             "Validation error in % after the last epoch, training error (centre crop, no dropout) where it is the",
             "point; mean ± standard deviation over seeds. Differences to the baseline, seed by seed, in points.",
             "",
-            "| run | switch | top-1 | difference | top-5 | difference | training | difference | paper | seeds |",
-            "|---|---|--:|--:|--:|--:|--:|--:|---|--:|",
+            "| run | switch | about | top-1 | difference | top-5 | difference | training | difference | paper | seeds |",
+            "|---|---|---|--:|--:|--:|--:|--:|--:|---|--:|",
         ]
         for row in parts["claims"]:
             switch = f"`{row['switch']}`" if row["claim"] else "none"
-            cells = [row["run"], switch]
+            cells = [row["run"], switch, row.get("says", "")]
             for key in ("top1", "top5", "train"):
                 cells += [said(row[key]), said(row.get(f"{key}_difference"), "+")]
             lines.append("| " + " | ".join([*cells, row.get("paper", ""), str(len(row["seeds"]))]) + " |")
