@@ -617,9 +617,9 @@ def as_markdown(parts: dict[str, Any]) -> str:
     if "claims" in parts:
         lines += [
             "Validation error in % after the last epoch, training error (centre crop, no dropout) where it is the",
-            "point; mean ± standard deviation over seeds. Differences to the baseline, seed by seed, in points.",
+            "point; mean ± standard deviation over seeds. Changes from the baseline, seed by seed, in points.",
             "",
-            "| run | switch | about | top-1 | difference | top-5 | difference | training | difference | paper | seeds |",
+            "| run | switch | about | top-1 | change | top-5 | change | training | change | paper | seeds |",
             "|---|---|---|--:|--:|--:|--:|--:|--:|---|--:|",
         ]
         for row in parts["claims"]:
