@@ -145,9 +145,13 @@ def test_what_is_wrong_is_said_in_one_line(dataset, tmp_path):
     # a run that cannot train is named, and the table is made of the others
     output = said(
         dataset, "--out", tmp_path / "f", "--claims", "pool", "--seeds", 1, "--epochs", 1, "--gpus", 0,
-        "--", "--global-batch", "96", "--crop", "63", "--lr", "1e30", code=1,
+        "--", "--global-batch", 4096, code=1,
     )  # fmt: skip
-    assert "failed: baseline, seed 0: " in output and "2 runs failed" in output
+    assert (
+        "failed: baseline, seed 0: " in output
+        and "fewer than one global batch" in output
+        and "2 runs failed" in output
+    )
 
 
 def test_every_job_has_its_own_gpu(monkeypatch):

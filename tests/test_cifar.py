@@ -2,19 +2,26 @@
 
 import io
 import pickle
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from model.parallel import Ranks
 from pipeline import DataError
 from pipeline.cifar import unpack
 from pipeline.loader import Preprocess, eval_loader, train_loader
 from pipeline.plan import Plan
 from pipeline.shards import ShardReader
 from tools import build_lmdb
+from tools.common import load_run
+from tools.evaluate import judge
 
+ROOT = Path(__file__).parent.parent
 NAMES = ["airplane", "automobile", "bird"]
 
 
@@ -131,3 +138,20 @@ def test_hostile_and_damaged_archives_are_refused(batches, tmp_path):
         unpack(short, tmp_path / "short")
     with pytest.raises(DataError, match="damaged"):
         unpack(archive(tmp_path / "cifar-10-none.tar.gz", {"readme.html": b""}), tmp_path / "none")
+
+
+def test_the_papers_network_trains_on_small_images_with_a_stride_of_1(batches, tmp_path):
+    source, data = binary_version(tmp_path / "cifar-10-binary.tar.gz", batches), tmp_path / "d"
+    arguments = [str(source), str(data), "--size", "32", "--encoding", "png", "--workers", "1"]
+    assert CliRunner().invoke(build_lmdb.main, arguments).exit_code == 0
+    options = ["--gpus", 0, "--crop", 24, "--stride", 1, "--global-batch", 5, "--epochs", 1, "--workers", 0]
+    command = [sys.executable, ROOT / "train.py", "--data", data, "--out", tmp_path / "run", *options]
+    done = subprocess.run(
+        [*map(str, command), "--no-progress", "--no-tensorboard"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    trained = load_run(tmp_path / "run")
+    assert dict(trained.network.features.named_children())["conv1"].stride == (1, 1)
+    logp, labels = judge(trained, ShardReader(data / "val"), Ranks(), crops=10, workers=0, progress=False)
+    assert logp.shape == (6, 3) and sorted(labels.tolist()) == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_allclose(logp.exp().sum(1), 1, rtol=1e-5)

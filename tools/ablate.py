@@ -335,11 +335,14 @@ def main(**config: Any) -> None:
     """Run the paper's claims on DATA over several seeds, and print how each switch changes the error.
 
     A claim is the baseline beside the same with one switch turned; differences are taken seed by seed. Options
-    after `--` go to every run of train.py. --figure1 measures the epochs that four-layer networks take to 25 %
-    training error on CIFAR-10, each activation at the best of --lrs. Writes table.md, results.json and PNGs of
-    the curves to --out. Run the same command again to go on after an interruption; finished runs stay.
+    after `--` go to train.py: to the runs on DATA, or without DATA to those of figure 1. --figure1 measures the
+    epochs that four-layer networks take to 25 % training error on CIFAR-10, each activation at the best of --lrs.
+    Writes table.md, results.json and PNGs of the curves to --out. Run the same command again to go on after an
+    interruption; finished runs stay.
     """
     out: Path = config["out"]
+    if str(config["data"]).startswith("-"):  # the first option after `--`, where there is no DATA
+        config["extra"], config["data"] = (str(config["data"]), *config["extra"]), None
     if config["data"] is None and config["figure1"] is None:
         raise click.UsageError("give DATA, or --figure1 CIFAR-10, or both")
     gpus = count_gpus(config["gpus"])
@@ -368,7 +371,8 @@ def main(**config: Any) -> None:
             parts["claims"] = summarise(claims, runs)
             if set(EVALUATED) & set(claims):
                 parts["evaluated"] = evaluate_baseline(claims, runs, config["data"], workers, out)
-            save(curves_figure(runs), out / "curves.png")
+            if any(run.result.get("top1") for run in runs):
+                save(curves_figure(runs), out / "curves.png")
         if config["figure1"] is not None:
             data = cifar_shards(config["figure1"], out)
             names = [name.strip() for name in config["activations"].split(",")]
@@ -380,6 +384,7 @@ def main(**config: Any) -> None:
                 config["seeds"],
                 config["tune_epochs"],
                 config["max_epochs"],
+                list(config["extra"]) if config["data"] is None else [],
                 workers,
             )
             failed += [f"{run.title}: {run.result['failed']}" for run in runs if "failed" in run.result]
@@ -450,7 +455,11 @@ def summarise(claims: list[str], runs: list[Run]) -> list[dict[str, Any]]:
         claim = next((c for c in claims if c in CLAIMS and name in CLAIMS[c].runs), None)
         row: dict[str, Any] = {"run": name, "claim": claim, "seeds": seeds}
         if claim:
-            row |= {"switch": shlex.join(CLAIMS[claim].runs[name]), "paper": CLAIMS[claim].paper}
+            row |= {
+                "switch": shlex.join(CLAIMS[claim].runs[name]),
+                "says": CLAIMS[claim].says,
+                "paper": CLAIMS[claim].paper,
+            }
         pairs = [seed for seed in seeds if (BASELINE, seed) in done]
         for key, of in (
             ("top1", lambda r: 100 * (1 - r["top1"][-1])),
@@ -538,6 +547,7 @@ def figure1(
     seeds: int,
     tune_epochs: int,
     max_epochs: int,
+    extra: list[str],
     workers: Workers,
 ) -> tuple[list[Run], dict[str, Any]]:
     """Epochs to 25 % training error, for each activation at the rate that makes it fastest in a short trial.
@@ -547,7 +557,7 @@ def figure1(
     size = ShardReader(data / "train").manifest.size
     options = ["--data", str(data), "--variant", "cifar", "--crop", str(size), "--train-error"]
     options += ["--augment", "none", "--color-std", "0", "--weight-decay", "0", "--dropout", "0"]
-    options += ["--schedule", "plateau", "--patience", "100000"]  # the rate stays as it is
+    options += ["--schedule", "plateau", "--patience", "100000", *extra]  # the rate stays as it is
     folder = out / "figure1"
 
     def run(activation: str, rate: str, epochs: int, seed: int, target: float | None = None) -> Run:
@@ -607,14 +617,14 @@ def as_markdown(parts: dict[str, Any]) -> str:
     if "claims" in parts:
         lines += [
             "Validation error in % after the last epoch, training error (centre crop, no dropout) where it is the",
-            "point; mean ± standard deviation over seeds. Differences to the baseline, seed by seed, in points.",
+            "point; mean ± standard deviation over seeds. Changes from the baseline, seed by seed, in points.",
             "",
-            "| run | switch | top-1 | difference | top-5 | difference | training | difference | paper | seeds |",
-            "|---|---|--:|--:|--:|--:|--:|--:|---|--:|",
+            "| run | switch | about | top-1 | change | top-5 | change | training | change | paper | seeds |",
+            "|---|---|---|--:|--:|--:|--:|--:|--:|---|--:|",
         ]
         for row in parts["claims"]:
             switch = f"`{row['switch']}`" if row["claim"] else "none"
-            cells = [row["run"], switch]
+            cells = [row["run"], switch, row.get("says", "")]
             for key in ("top1", "top5", "train"):
                 cells += [said(row[key]), said(row.get(f"{key}_difference"), "+")]
             lines.append("| " + " | ".join([*cells, row.get("paper", ""), str(len(row["seeds"]))]) + " |")
