@@ -104,7 +104,8 @@ class ClusterPool:
         self._unbegun: Counter[int] = Counter()  # how often a worker died before it came to the job
         self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._looked = -1.0
-        self._begun = self._capacity = 0
+        self._begun: dict[int, int] = {}  # items that each job was seen to have begun
+        self._capacity = 0
 
     def __enter__(self) -> ClusterPool:
         return self
@@ -124,7 +125,7 @@ class ClusterPool:
 
     def items_begun(self) -> int:
         """Items that the jobs now in work have begun, for a progress bar; looked up once a second."""
-        return self._begun
+        return sum(self._begun.get(number, 0) for number in self._sent)
 
     def events(self, tick: Callable[[], None]) -> Iterator[tuple[int, Done | Crashed]]:
         """(number, what became of the job) until no job is left; `tick` is called about ten times a second.
@@ -159,7 +160,7 @@ class ClusterPool:
         except OSError:
             raise _scheduler_gone() from None
         self._capacity = AHEAD * max(1, threads)
-        self._begun = sum(max(0, _position(job) or 0) for _, job in self._sent.values())
+        self._begun = {number: max(0, _position(job) or 0) for number, (_, job) in self._sent.items()}
         self._looked = time.monotonic()
 
     def _send(self, number: int, job: Any) -> None:
