@@ -34,12 +34,13 @@ MOST_UNBEGUN = 10  # workers that may die, one after the other, before they come
 class Cluster:
     """A connection to the scheduler at `address`; a context manager.
 
-    Raises DataError if nothing answers there, if no worker joins, or if a worker does not see `source` and `out`
-    (an existing folder), or has another OpenCV, which would store other bytes.
+    Raises DataError if nothing answers there, if no worker joins, or if a worker does not see `source` and `out`,
+    which is made, or has another OpenCV, which would store other bytes.
     """
 
     def __init__(self, address: str, source: Path, out: Path) -> None:
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is said below
+        for logger in ("distributed", "distributed.client"):  # what matters is said below
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
         try:
             self.client = Client(address, timeout=SECONDS_TO_CONNECT, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -62,7 +63,11 @@ class Cluster:
 
     def _check(self, source: Path, out: Path) -> None:
         token = out / f".{uuid.uuid4().hex}.tmp"
-        token.write_text(token.name)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            token.write_text(token.name)
+        except OSError as error:
+            raise DataError(f"cannot write to {out}: {error.strerror}; name another OUT") from None
         try:
             answers = self.client.run(
                 _look_around, str(source), str(token), cv2.__version__, on_error="return"
@@ -70,13 +75,10 @@ class Cluster:
         finally:
             token.unlink()
         for worker, answer in answers.items():
-            if isinstance(answer, ImportError):
-                answer = f"lacks this program ({answer}): start it in the environment of `make install`"
-            elif isinstance(answer, Exception):
-                answer = f"failed: {answer!r}"
-            elif answer is None:
-                continue
-            raise DataError(f"the worker {worker} {answer}")
+            if isinstance(answer, Exception):
+                answer = f"cannot run this program ({answer}): start it in the environment of `make install`"
+            if answer is not None:
+                raise DataError(f"the worker {worker} {answer}")
 
     def __enter__(self) -> Cluster:
         return self
