@@ -3,8 +3,8 @@
 # BASE names an image, debootstrap (Debian: apt-get install buildah debootstrap). Everything is in a temporary folder,
 # about 15 GB, and goes with it.
 #
-#   docker/check.sh          about 10 minutes on two cores
-#   docker/check.sh --fast   the demo trains for one epoch instead of eight
+#   docker/check.sh          all of the demo
+#   docker/check.sh --fast   it trains for one epoch instead of eight: 7 minutes of processor time in all
 #
 # BASE          the image to build upon (default: a fresh Debian: no GPU, the CPU is what is checked)
 # SUITE, MIRROR what debootstrap installs (default: bookworm from deb.debian.org)

@@ -34,12 +34,13 @@ MOST_UNBEGUN = 10  # workers that may die, one after the other, before they come
 class Cluster:
     """A connection to the scheduler at `address`; a context manager.
 
-    Raises DataError if nothing answers there, if no worker joins, or if a worker does not see `source` and `out`
-    (an existing folder), or has another OpenCV, which would store other bytes.
+    Raises DataError if nothing answers there, if no worker joins, or if a worker does not see `source` and `out`,
+    which is made, or has another OpenCV, which would store other bytes.
     """
 
     def __init__(self, address: str, source: Path, out: Path) -> None:
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is said below
+        for logger in ("distributed", "distributed.client"):  # what matters is said below
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
         try:
             self.client = Client(address, timeout=SECONDS_TO_CONNECT, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -62,7 +63,11 @@ class Cluster:
 
     def _check(self, source: Path, out: Path) -> None:
         token = out / f".{uuid.uuid4().hex}.tmp"
-        token.write_text(token.name)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            token.write_text(token.name)
+        except OSError as error:
+            raise DataError(f"cannot write to {out}: {error.strerror}; name another OUT") from None
         try:
             answers = self.client.run(
                 _look_around, str(source), str(token), cv2.__version__, on_error="return"
@@ -70,13 +75,10 @@ class Cluster:
         finally:
             token.unlink()
         for worker, answer in answers.items():
-            if isinstance(answer, ImportError):
-                answer = f"lacks this program ({answer}): start it in the environment of `make install`"
-            elif isinstance(answer, Exception):
-                answer = f"failed: {answer!r}"
-            elif answer is None:
-                continue
-            raise DataError(f"the worker {worker} {answer}")
+            if isinstance(answer, Exception):
+                answer = f"cannot run this program ({answer}): start it in the environment of `make install`"
+            if answer is not None:
+                raise DataError(f"the worker {worker} {answer}")
 
     def __enter__(self) -> Cluster:
         return self
@@ -104,7 +106,8 @@ class ClusterPool:
         self._unbegun: Counter[int] = Counter()  # how often a worker died before it came to the job
         self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._looked = -1.0
-        self._begun = self._capacity = 0
+        self._begun: dict[int, int] = {}  # items that each job was seen to have begun
+        self._capacity = 0
 
     def __enter__(self) -> ClusterPool:
         return self
@@ -124,7 +127,7 @@ class ClusterPool:
 
     def items_begun(self) -> int:
         """Items that the jobs now in work have begun, for a progress bar; looked up once a second."""
-        return self._begun
+        return sum(self._begun.get(number, 0) for number in self._sent)
 
     def events(self, tick: Callable[[], None]) -> Iterator[tuple[int, Done | Crashed]]:
         """(number, what became of the job) until no job is left; `tick` is called about ten times a second.
@@ -159,7 +162,7 @@ class ClusterPool:
         except OSError:
             raise _scheduler_gone() from None
         self._capacity = AHEAD * max(1, threads)
-        self._begun = sum(max(0, _position(job) or 0) for _, job in self._sent.values())
+        self._begun = {number: max(0, _position(job) or 0) for number, (_, job) in self._sent.items()}
         self._looked = time.monotonic()
 
     def _send(self, number: int, job: Any) -> None:

@@ -68,9 +68,9 @@ class Plan:
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's order of all samples: (count,) uint32, a permutation."""
         if epoch not in self._order:
+            self._order.clear()  # prefetching never looks back, so one epoch's order is enough
             order = np.arange(self.count, dtype=np.uint32)
             self._generator(ORDER, epoch, 0).shuffle(order)
-            self._order.clear()  # prefetching never looks back, so one epoch's order is enough
             self._order[epoch] = order
         return self._order[epoch]
 

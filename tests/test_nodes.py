@@ -47,6 +47,7 @@ def nodes() -> Iterator[list[str]]:
             ip("-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", "eth0", "up")
+            ip("netns", "exec", name, "true")
         yield names
     finally:
         for name in names:

@@ -167,10 +167,6 @@ def _pools(scheduler: str | None, source: Path, out: Path) -> Iterator[Callable[
         from pipeline.cluster import Cluster
     except ImportError:
         raise DataError("--scheduler needs Dask: pip install 'alexnet-dali[cluster]'") from None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {out}: {error.strerror}; name another OUT") from None
     with Cluster(scheduler, source, out) as cluster:
         yield cluster.pool
 
