@@ -7,7 +7,7 @@
 #   docker/check.sh --fast   it trains for one epoch instead of eight: 7 minutes of processor time in all
 #
 # BASE          the image to build upon (default: a fresh Debian: no GPU, the CPU is what is checked)
-# SUITE, MIRROR what debootstrap installs (default: bookworm from deb.debian.org)
+# SUITE, MIRROR what debootstrap installs (default: bookworm, from debootstrap's own mirror)
 # BUILDAH_ARGS  further arguments of `buildah build`, for instance "--volume /etc/pip.conf:/etc/pip.conf:ro"
 # TMPDIR        where the temporary folder is made
 set -euo pipefail
@@ -49,8 +49,8 @@ if [ -z "$base" ]; then
   base=localhost/base
   echo "== a fresh ${SUITE:=bookworm}"
   container=$(b from scratch)
-  # minbase has no certificates: the packages of the mirror are signed, so plain http does
-  debootstrap --variant=minbase "$SUITE" "$(b mount "$container")" "${MIRROR:-http://deb.debian.org/debian}" \
+  # shellcheck disable=SC2086 -- no argument where MIRROR is not set
+  debootstrap --variant=minbase "$SUITE" "$(b mount "$container")" ${MIRROR-} \
     >"$store/debootstrap.log" || { tail -3 "$store/debootstrap.log" >&2; fail "debootstrap failed"; }
   b umount "$container" >/dev/null
   b commit --quiet --rm "$container" "$base" >/dev/null
