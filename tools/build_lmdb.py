@@ -128,30 +128,30 @@ def main(
     if labels and len(splits) > 1:
         raise click.UsageError("--labels is for one split: give --split train or --split val as well")
     try:
-        with _pools(scheduler, source, out) as make_pool:
-            for name, path in splits.items():
-                with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:
-                    images = open_source(
-                        path,
-                        name,
-                        labels=labels,
-                        devkit=devkit,
-                        names=names,
-                        train_wnids=_train_wnids(out) if name == "val" else None,
-                        tick=lambda _: bar.update(),
-                    )
-                with tqdm(desc=name, total=len(images.images), unit=" images", smoothing=0.1) as bar:
-                    summary = build_split(
-                        images,
-                        out,
-                        options,
-                        workers=workers or len(os.sched_getaffinity(0)),
-                        resume=resume,
-                        overwrite=overwrite,
-                        progress=_progress_of(bar),
-                        make_pool=make_pool,
-                    )
-                _report(summary)
+        make_pool = click.get_current_context().with_resource(_pools(scheduler, source, out))
+        for name, path in splits.items():
+            with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:
+                images = open_source(
+                    path,
+                    name,
+                    labels=labels,
+                    devkit=devkit,
+                    names=names,
+                    train_wnids=_train_wnids(out) if name == "val" else None,
+                    tick=lambda _: bar.update(),
+                )
+            with tqdm(desc=name, total=len(images.images), unit=" images", smoothing=0.1) as bar:
+                summary = build_split(
+                    images,
+                    out,
+                    options,
+                    workers=workers or len(os.sched_getaffinity(0)),
+                    resume=resume,
+                    overwrite=overwrite,
+                    progress=_progress_of(bar),
+                    make_pool=make_pool,
+                )
+            _report(summary)
     except KeyboardInterrupt:
         click.echo("\nInterrupted: continue with --resume.", err=True)
         sys.exit(130)
