@@ -34,7 +34,7 @@ class ReaderWatch:
     def __init__(self, processes: list[Any], pipe: Any) -> None:
         self._processes = processes
         self._pool = getattr(getattr(pipe, "_py_pool", None), "pool", None)
-        # A rank that ends with an error would wait for readers that nobody has told to end
+        # a rank that ends with an error would wait for readers that nobody has told to end
         self._at_exit = Finalize(None, _end, (processes, self._pool), exitpriority=100)
         self._died = threading.Event()
         self._closing = False
@@ -79,12 +79,7 @@ class ReaderWatch:
         dead = [process.exitcode for process in self._processes if not process.is_alive()]
         self.reason = death(dead[0] if dead else None)
         self._died.set()
-        for process in self._processes:
-            process.kill()
-        if self._pool is not None:
-            self._pool._observer = (
-                None  # DALI's close() then tells nobody to end: it could wait for a dead lock
-            )
+        self._at_exit()  # once, now
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if not self._entered:
