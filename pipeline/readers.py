@@ -55,7 +55,7 @@ class ReaderWatch:
         except Exception:
             # DALI may have noticed the death first
             if any(not process.is_alive() for process in self._processes):
-                self._died.wait(1)
+                self._died.wait(3)
             self._check()
             raise
         finally:
@@ -75,9 +75,13 @@ class ReaderWatch:
         sentinels = [process.sentinel for process in self._processes]
         if not sentinels or not connection.wait(sentinels) or self._closing:
             return
-        time.sleep(0.05)  # the exit code is read by another thread, too
-        dead = [process.exitcode for process in self._processes if not process.is_alive()]
-        self.reason = death(dead[0] if dead else None)
+        # it closes its files first and has an exit code a little later
+        deadline = time.monotonic() + 2
+        while not (codes := [p.exitcode for p in self._processes if p.exitcode is not None]):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        self.reason = death(codes[0] if codes else None)
         self._died.set()
         self._at_exit()  # once, now
         deadline = time.monotonic() + PATIENCE
@@ -106,7 +110,10 @@ def death(exitcode: int | None) -> str:
         )
     if exitcode == -signal.SIGKILL:
         return "a process that reads shards was killed (out of memory?): go on with --resume, or with --workers 0"
-    name = signal.Signals(-exitcode).name if exitcode and exitcode < 0 else f"exit code {exitcode}"
+    if exitcode is None:
+        name = "of unknown cause"
+    else:
+        name = signal.Signals(-exitcode).name if exitcode < 0 else f"exit code {exitcode}"
     return (
         f"a process that reads shards died ({name}), perhaps of a damaged shard: check with "
         "`python tools/verify_lmdb.py`, then go on with --resume"
