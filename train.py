@@ -516,7 +516,7 @@ def diverged(what: str, out: Path) -> ModelError:
 def check_scale(scaler: torch.amp.GradScaler, out: Path) -> None:
     """Float16 skips a step whose gradients overflow and halves the loss scale: bounded at a scale of 1.
 
-    From the first scale, 65,536, that is 17 steps skipped in a row.
+    From the first scale, 65,536, that is 17 steps skipped in a row (seen at the next log line).
     """
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise diverged("float16 gradients overflow at any loss scale", out)

@@ -34,7 +34,7 @@ class ReaderWatch:
     def __init__(self, processes: list[Any], pipe: Any) -> None:
         self._processes = processes
         self._pool = getattr(getattr(pipe, "_py_pool", None), "pool", None)
-        # A rank that ends with an error would wait for readers that nobody has told to end
+        # a rank that ends with an error would wait for readers that nobody has told to end
         self._at_exit = Finalize(None, _end, (processes, self._pool), exitpriority=100)
         self._died = threading.Event()
         self._closing = False
@@ -55,7 +55,7 @@ class ReaderWatch:
         except Exception:
             # DALI may have noticed the death first
             if any(not process.is_alive() for process in self._processes):
-                self._died.wait(1)
+                self._died.wait(3)
             self._check()
             raise
         finally:
@@ -75,16 +75,15 @@ class ReaderWatch:
         sentinels = [process.sentinel for process in self._processes]
         if not sentinels or not connection.wait(sentinels) or self._closing:
             return
-        time.sleep(0.05)  # the exit code is read by another thread, too
-        dead = [process.exitcode for process in self._processes if not process.is_alive()]
-        self.reason = death(dead[0] if dead else None)
+        # it closes its files first and has an exit code a little later
+        deadline = time.monotonic() + 2
+        while not (codes := [p.exitcode for p in self._processes if p.exitcode is not None]):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        self.reason = death(codes[0] if codes else None)
         self._died.set()
-        for process in self._processes:
-            process.kill()
-        if self._pool is not None:
-            self._pool._observer = (
-                None  # DALI's close() then tells nobody to end: it could wait for a dead lock
-            )
+        self._at_exit()  # once, now
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             if not self._entered:
@@ -111,7 +110,10 @@ def death(exitcode: int | None) -> str:
         )
     if exitcode == -signal.SIGKILL:
         return "a process that reads shards was killed (out of memory?): go on with --resume, or with --workers 0"
-    name = signal.Signals(-exitcode).name if exitcode and exitcode < 0 else f"exit code {exitcode}"
+    if exitcode is None:
+        name = "of unknown cause"
+    else:
+        name = signal.Signals(-exitcode).name if exitcode < 0 else f"exit code {exitcode}"
     return (
         f"a process that reads shards died ({name}), perhaps of a damaged shard: check with "
         "`python tools/verify_lmdb.py`, then go on with --resume"

@@ -33,13 +33,13 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("name", "tries"),
     [
-        ("train-kills", 4),
+        ("train-kills", 3),
         ("readers", 2),
         ("shared-memory", 2),
         ("full-disk", 1),
         ("checkpoints", 100),
         ("build-kills", 6),
-        ("hostile-images", 100),
+        ("hostile-images", 60),
         ("hostile-tars", 200),
         ("flips", 20),
     ],

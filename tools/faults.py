@@ -30,6 +30,7 @@ from tqdm import tqdm
 from pipeline import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED_MEMORY = Path("/dev/shm")
 LIMIT = 120.0  # seconds that a command may take before it counts as hanging
 TRAIN_IMAGES, VAL_IMAGES, BATCH, EPOCHS = 24, 8, 8, 2  # images a class, two classes: 6 steps an epoch
 STEPS_PER_EPOCH = 2 * TRAIN_IMAGES // BATCH
@@ -82,14 +83,23 @@ class Command:
     def __init__(self, arguments: list[object], before: list[str] | None = None) -> None:
         """`before`: what is put in front of the interpreter."""
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
-        self.shared = _shared_memory()
+        self.shared: set[str] = set()  # names in /dev/shm that its processes have used
+        self._looked = 0.0
         call = [*(before or []), sys.executable, *map(str, arguments)]
         self.process = subprocess.Popen(
             call, stdout=self.said, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
         )
 
     def running(self) -> bool:
+        if time.monotonic() - self._looked > 0.2:
+            self._look()
         return self.process.poll() is None
+
+    def _look(self) -> None:
+        """Other programs use /dev/shm too: what is this one's has to be seen while it lives."""
+        self._looked = time.monotonic()
+        for pid in _session(self.process.pid):
+            self.shared |= _shared_memory(pid)
 
     def text(self) -> str:
         """Standard output and error so far."""
@@ -98,16 +108,20 @@ class Command:
 
     def kill(self) -> None:
         """kill -9 of the main process alone; the others have to notice."""
+        self._look()
         self.process.kill()
         self.process.wait()
 
     def wait(self, seconds: float = LIMIT) -> int:
         """The exit code; Lost when it hangs."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.end()
-            raise Lost(f"hung for {seconds:.0f} s: {self.text()[-200:]!r}") from None
+        deadline = time.monotonic() + seconds
+        while self.running():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.1)
+            if time.monotonic() > deadline:
+                self.end()
+                raise Lost(f"hung for {seconds:.0f} s: {self.text()[-200:]!r}")
+        return int(self.process.returncode)
 
     def end(self) -> None:
         """No process of the session is left; only for the end of a failed try."""
@@ -117,12 +131,11 @@ class Command:
         self.process.wait()
 
     def check_nothing_left(self, patience: float = 10) -> None:
-        """Lost if processes of the session or shared memory that nobody uses outlive the command."""
+        """Lost if processes of the session or its shared memory outlive the command."""
         deadline = time.monotonic() + patience
         while True:
             processes = _session(self.process.pid)
-            files = _shared_memory() - self.shared if not processes else set()
-            files -= _mapped(files)
+            files = {name for name in self.shared if (SHARED_MEMORY / name).exists()}
             if not processes and not files:
                 return
             if time.monotonic() > deadline:
@@ -150,22 +163,12 @@ def _session(leader: int) -> list[int]:
     return found
 
 
-def _shared_memory() -> set[str]:
+def _shared_memory(pid: int) -> set[str]:
+    """Names in /dev/shm that a process has mapped."""
     try:
-        return {entry.name for entry in Path("/dev/shm").iterdir()}
+        return set(re.findall(rf"{SHARED_MEMORY}/(\S+)", Path(f"/proc/{pid}/maps").read_text()))
     except OSError:
         return set()
-
-
-def _mapped(names: set[str]) -> set[str]:
-    """Those of the names in /dev/shm that a process on this machine still uses."""
-    used: set[str] = set()
-    for entry in Path("/proc").iterdir() if names else ():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                maps = (entry / "maps").read_text()
-                used |= {name for name in names if f"/dev/shm/{name}" in maps}
-    return used
 
 
 def count_down(number: int) -> None:
