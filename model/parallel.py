@@ -190,7 +190,7 @@ def distribute(
     parallel = DistributedDataParallel(
         model,
         device_ids=[ranks.local_rank] if ranks.gpu else None,
-        broadcast_buffers=False,  # every rank derives its own (dropout position)
+        forward_sync_buffers=False,  # every rank derives its own (dropout position)
         gradient_as_bucket_view=True,
         static_graph=static,
     )
