@@ -8,6 +8,8 @@ https://docs.nvidia.com/deeplearning/dali/user-guide/docs/examples/general/data_
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import os
 import signal
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,10 @@ class _Feed:
         """Only happens in a reader process, which has to go when the trainer does, however that ends."""
         self.__dict__.update(state)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # killed before that line, the trainer would never be heard of again
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:
+            os._exit(1)
 
 
 @dataclass
