@@ -37,7 +37,8 @@ from pipeline.loader import MEANS, Preprocess, cpu_threads, eval_loader, train_l
 from pipeline.plan import AUGMENTATIONS, Plan
 from pipeline.shards import ShardReader
 
-# what --resume may change: none of it touches the weights' path but for rounding (and the end of it)
+# What --resume may change: how fast and how long. The weights' path stays but for rounding, except that batch
+# normalisation is over each rank's part of a batch, and that --epochs stretches the schedules that end with it.
 CHANGEABLE = {
     "out",
     "data",
@@ -54,7 +55,8 @@ CHANGEABLE = {
     "compiled",
     "workers",
 }
-CHANGEABLE |= {"decode_threads", "keep", "save_every", "log_every", "tensorboard", "wandb", "progress"}
+CHANGEABLE |= {"decode_threads", "keep", "save_every", "log_every", "train_error"}
+CHANGEABLE |= {"tensorboard", "wandb", "progress"}
 # of each start, never taken over from another one's config.json
 OWN = {"out", "resume", "auto_resume", "fall_back"}
 RECIPES = Path(__file__).parent / "recipes"
@@ -191,6 +193,8 @@ def main(**config: Any) -> None:
     mid-epoch if need be.
     """
     config["out"] = config["out"] or Path("runs") / config["variant"]
+    if config["fall_back"] and not (config["resume"] or config["auto_resume"]):
+        raise click.UsageError("--fall-back goes with --resume or --auto-resume")
     if config["auto_resume"]:
         config["resume"] = config["resume"] or bool(Checkpoints(config["out"]).paths())
     if config["resume"]:
@@ -211,6 +215,8 @@ def main(**config: Any) -> None:
         )
     if config["layout"] != "data" and config["compiled"]:
         raise click.UsageError("--compile goes with --layout data")
+    if config["compress"] and ranks == 1:
+        raise click.UsageError("--compress is for several ranks: there is one")
     if config["compress"] and config["layout"] == "towers":
         raise click.UsageError("--layout towers averages no gradients: leave --compress out")
     if config["mixup"] and config["global_batch"] // (ranks * config["accumulate"]) % 2:
@@ -240,11 +246,11 @@ def resume_config(config: dict[str, Any]) -> None:
         raise ModelError(f"{path} is damaged ({error}): restore it, the run's options are in it") from None
     context = click.get_current_context()
     for name in config.keys() & saved.keys():
-        given = context.get_parameter_source(name) not in (
-            ParameterSource.DEFAULT,
-            ParameterSource.DEFAULT_MAP,
-        )
-        if not given:
+        source = context.get_parameter_source(name)
+        # of a recipe or another run's config.json, what may be changed is not meant to
+        if source == ParameterSource.DEFAULT or (
+            source == ParameterSource.DEFAULT_MAP and name in CHANGEABLE
+        ):
             if name not in OWN:
                 config[name] = Path(saved[name]) if isinstance(config[name], Path) else saved[name]
         elif name not in CHANGEABLE and config[name] != saved[name]:
@@ -427,7 +433,9 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         keep = None
         if config["mixup"]:
             mine = slice(first_row, first_row + layout.batch)
-            keep = torch.from_numpy(plan.mixup(epoch, step_in_epoch, config["mixup"])[mine]).to(ranks.device)
+            keep = torch.from_numpy(plan.mixup(epoch, step_in_epoch, config["mixup"])[mine])
+            if ranks.gpu:  # copied without waiting for the steps before
+                keep = keep.pin_memory().to(ranks.device, non_blocking=True)
             images = mix(images, keep)
         for i in range(config["accumulate"]):
             rows = slice(i * part, (i + 1) * part)

@@ -95,8 +95,10 @@ class Checkpoints:
                 save(path, state)
         else:
             save(path, state)
-        for old in self.paths()[self.keep :]:
-            old.unlink()
+        # a later one was damaged and passed over
+        kept = [p for p in self.paths() if p.name <= path.name][: self.keep]
+        for other in set(self.paths()) - set(kept):
+            other.unlink()
         return path
 
     def newest(

@@ -61,6 +61,7 @@ class Layout:
         self.dims: dict[
             str, int
         ] = {}  # of each sliced tensor of the state dict, the dimension it is sliced in
+        self._sliced: Tensor | None = None  # which of the parameters that `sum_of_slices` is asked for
         if self.kind != "data":
             self._plain = copy.deepcopy(network).to("meta")
             if self.kind == "towers":
@@ -88,6 +89,8 @@ class Layout:
         """Slices of the outputs of fc6 and fc7, and of the inputs of fc8, whose partial sums are added up."""
         classifier, n = self.network.classifier, self.ranks.world_size
         linears = [name for name, layer in classifier.named_children() if isinstance(layer, nn.Linear)]
+        if self.kind == "hybrid" and len(linears) == 1:
+            raise ModelError("--layout hybrid slices hidden fully connected layers, here are none: use data")
         sliced = self.kind == "towers"  # whether the activations at this point are a slice of the units
         for name, layer in list(classifier.named_children()):
             if isinstance(layer, KeyedDropout) and sliced:
@@ -208,9 +211,10 @@ class Layout:
         """Of (P, ...) values, one row a parameter: the sum over ranks for parameters that are slices."""
         if not self.dims:
             return values
-        names = {id(p): name for name, p in self.network.named_parameters()}
-        sliced = torch.tensor([names[id(p)] in self.dims for p in parameters], device=values.device)
-        sliced = sliced.view(-1, *[1] * (values.dim() - 1))
+        if self._sliced is None:  # made once: a copy to the device waits for it
+            names = {id(p): name for name, p in self.network.named_parameters()}
+            self._sliced = torch.tensor([names[id(p)] in self.dims for p in parameters], device=values.device)
+        sliced = self._sliced.view(-1, *[1] * (values.dim() - 1))
         return torch.where(sliced, self.ranks.sum(values.clone()), values)
 
     def grad_scaler(self, optimizer: torch.optim.Optimizer, enabled: bool) -> torch.amp.GradScaler:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 
 def mix(images: Tensor, keep: Tensor) -> Tensor:
@@ -50,22 +51,25 @@ class Ema:
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        def average(averaged: Tensor, new: Tensor, _count: Tensor | int) -> Tensor:
-            if not averaged.is_floating_point():
-                return new
-            return torch.lerp(new, averaged, min(decay, (1 + self._steps) / (10 + self._steps)))
+        self.network = copy.deepcopy(network).requires_grad_(False)  # the averaged network
+        self._decay, self._steps = decay, 0
 
-        self._steps = 0  # the library's own count would have to be fetched from the device
-        self._averaged = AveragedModel(network, avg_fn=average, use_buffers=True)
-
-    @property
-    def network(self) -> nn.Module:
-        """The averaged network."""
-        return self._averaged.module
-
+    @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """To be called after each step of the optimiser."""
-        self._averaged.update_parameters(network)
+        """To be called after each step of the optimiser; does not wait for the device.
+
+        torch's AveragedModel keeps its count in a tensor and would.
+        """
+        decay = min(self._decay, (1 + self._steps) / (10 + self._steps)) if self._steps else 0.0
+        averaged, new = (list(chain(n.parameters(), n.buffers())) for n in (self.network, network))
+        for old, value in zip(averaged, new, strict=True):
+            if not old.is_floating_point():
+                old.copy_(value)
+        torch._foreach_lerp_(
+            [t for t in averaged if t.is_floating_point()],
+            [t for t in new if t.is_floating_point()],
+            1 - decay,
+        )
         self._steps += 1
 
     def state_dict(self, whole: Callable[[str, Tensor], Tensor] = lambda _, value: value) -> dict[str, Any]:
@@ -79,4 +83,3 @@ class Ema:
         """`part(name, tensor)` takes a rank's slice of a whole tensor (`model.layouts.Layout.part`)."""
         self.network.load_state_dict({name: part(name, value) for name, value in state["model"].items()})
         self._steps = state["steps"]
-        self._averaged.n_averaged.fill_(self._steps)

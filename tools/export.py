@@ -130,6 +130,7 @@ def metadata(run: Run) -> dict[str, str]:
         preprocess["mean_pixels"] = base64.b64encode(mean.astype("<f4").tobytes()).decode()
     return {
         "variant": run.variant,
+        "network": json.dumps(run.network.options),
         "epoch": str(run.epoch),
         "classes": json.dumps(run.classes),
         "preprocess": json.dumps(preprocess),
@@ -230,6 +231,9 @@ def to_torchvision(run: Run, path: Path) -> str:
         raise ModelError(
             f"torchvision's alexnet is the variant owt, {run.path} is {run.variant}: train with --variant owt"
         )
+    if run.network.options:
+        switched = ", ".join(f"{name} {value}" for name, value in run.network.options.items())
+        raise ModelError(f"torchvision's alexnet has no options, {run.path} was trained with {switched}")
     torch.save({name: tensor.contiguous() for name, tensor in run.network.state_dict().items()}, path)
     levels = run.preprocess.mean.mean((0, 1), dtype=np.float64)
     mean = ", ".join(f"{level / 255:.6f}" for level in levels)
