@@ -65,6 +65,17 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert find(tmp_path / "checkpoint-000000003.pt").name == "checkpoint-000000003.pt"
 
 
+def test_a_later_checkpoint_that_was_passed_over_does_not_count_as_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (4, 8, 12):
+        checkpoints.save({**STATE, "step": step})
+    (tmp_path / "checkpoint-000000012.pt").write_bytes(b"damaged")
+    assert checkpoints.newest(fall_back=True)["step"] == 8
+    Checkpoints(tmp_path, keep=1).save({**STATE, "step": 10})
+    assert [p.name for p in tmp_path.glob("*.pt")] == ["checkpoint-000000010.pt"]
+    assert checkpoints.newest()["step"] == 10
+
+
 def test_missing_checkpoints_are_named(tmp_path):
     with pytest.raises(ModelError, match="no checkpoint"):
         Checkpoints(tmp_path).newest()

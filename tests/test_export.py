@@ -107,6 +107,12 @@ def test_torchvision_loads_owt_and_computes_the_same(owt, tmp_path):
         torch.testing.assert_close(normalize(levels / 255), ours, rtol=0, atol=0.02)
 
 
+def test_torchvision_has_no_network_with_other_options(dataset, tmp_path):
+    run = make_run(tmp_path / "run", dataset, "owt", activation="tanh")
+    done = invoke(run, "--torchvision", tmp_path / "tv.pth", code=1)
+    assert "trained with activation tanh" in done.output and not (tmp_path / "tv.pth").exists()
+
+
 def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset, tmp_path):
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(num_classes=4).eval()

@@ -242,6 +242,10 @@ def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
     assert "variant paper, not bn" in error
     error = one_line_error(run(*data, "--out", whole, "--resume", "--weight-decay", "0.1", *SMALL, code=1))
     assert "weight_decay 0.0005, not 0.1" in error
+    error = one_line_error(run(*data, "--out", whole, "--auto-resume", "--recipe", "owt", *SMALL, code=1))
+    assert "the run in" in error and "leave that option out" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "c", "--fall-back", *SMALL, code=2))
+    assert "--resume" in error
     (tmp_path / "file").touch()
     error = one_line_error(run(*data, "--out", tmp_path / "file", *SMALL, code=1))
     assert "cannot write" in error
@@ -254,6 +258,8 @@ def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
     towers = ["--cpu-ranks", 2, "--layout", "towers"]
     error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, *towers, "--compile", code=2))
     assert "--layout data" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, "--compress", code=2))
+    assert "several ranks" in error
     error = one_line_error(run(*data, "--out", tmp_path / "d", *SMALL, "--gpus", 99, code=1))
     assert "99" in error
     error = one_line_error(run(*data, "--out", tmp_path / "e", *SMALL, "--crop", 20, code=1))

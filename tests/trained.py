@@ -16,12 +16,19 @@ CROP = 96  # small and quick; all three pools still fit
 
 
 def make_run(
-    out: Path, data: Path, variant: str = "paper", *, crop: int = CROP, mean: str = "pixel", seed: int = 0
+    out: Path,
+    data: Path,
+    variant: str = "paper",
+    *,
+    crop: int = CROP,
+    mean: str = "pixel",
+    seed: int = 0,
+    **options: Any,
 ) -> Path:
     """A run folder with best.pt of a network that was never trained, but tells images apart."""
     manifest = Manifest.load(data / "train")
     preprocess = Preprocess.load(data / "train", crop, mean)
-    network = AlexNet(len(manifest.classes), variant, image_size=crop)
+    network = AlexNet(len(manifest.classes), variant, image_size=crop, **options)
     recipe.initialise(network, recipe.DEFAULT_INIT[variant], seed)
     # fresh outputs are all but equal, and whose turn it is a matter of rounding: spread them
     generator = torch.Generator().manual_seed(seed)
@@ -40,6 +47,7 @@ def make_run(
         "best": 0.5,
         "seed": seed,
         "variant": variant,
+        "network": network.options,
         "identity": {},
         "classes": manifest.classes,
         "preprocess": preprocess.state_dict(),
