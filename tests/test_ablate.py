@@ -135,6 +135,12 @@ def test_what_is_wrong_is_said_in_one_line(dataset, tmp_path):
 
     assert "no claim lrm" in said(dataset, "--claims", "lrm", "--out", tmp_path / "a", code=2)
     assert "give DATA" in said("--out", tmp_path / "a", code=2)
+    assert "no run of these claims no-lnr" in said(
+        dataset, "--only", "no-lnr", "--out", tmp_path / "a", code=2
+    )
+    assert "no activation rulu" in said(
+        "--figure1", dataset, "--activations", "relu,rulu", "--out", tmp_path / "a", code=2
+    )
     assert "build_lmdb.py" in said(tmp_path / "none", "--out", tmp_path / "a", code=1)
     with (
         ablate.locked(tmp_path / "a"),
@@ -144,7 +150,7 @@ def test_what_is_wrong_is_said_in_one_line(dataset, tmp_path):
         pass
     # a run that cannot train is named, and the table is made of the others
     output = said(
-        dataset, "--out", tmp_path / "f", "--claims", "pool", "--seeds", 1, "--epochs", 1, "--gpus", 0,
+        dataset, "--out", tmp_path / "f", "--claims", "pool,ensemble", "--seeds", 1, "--epochs", 1, "--gpus", 0,
         "--", "--global-batch", 4096, code=1,
     )  # fmt: skip
     assert (
@@ -152,6 +158,137 @@ def test_what_is_wrong_is_said_in_one_line(dataset, tmp_path):
         and "fewer than one global batch" in output
         and "2 runs failed" in output
     )
+    assert "| pool-2-2 |" in output and "| pool-2-2 |" in (tmp_path / "f/table.md").read_text()
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """Runs and evaluations that take no time; the list of all that were started."""
+    started = []
+
+    def call(_workers, script, arguments, _slot, run=None):
+        started.append([script, *arguments])
+        if run:
+            run.out.mkdir(parents=True, exist_ok=True)
+            last = {"kind": "val", "step": 3, "top1": 0.5, "top5": 1.0, "loss": 1.0}
+            (run.out / "log.jsonl").write_text(json.dumps(last) + "\n")
+            (run.out / "checkpoint-000000003.pt").touch()
+        else:
+            rows = [{"network": n, "top1": 0.5, "top5": 1.0} for n in arguments[: arguments.index("--data")]]
+            rows += [{**rows[0], "network": f"average of {len(rows)}"}] * (len(rows) > 1)
+            path = Path(arguments[arguments.index("--json") + 1])
+            path.write_text(json.dumps({"count": 24, "top1": 0.5, "top5": 1.0, "networks": rows}))
+        return 0, ""
+
+    monkeypatch.setattr(ablate.Workers, "call", call)
+    return started
+
+
+def ablated(data, out, claims, *arguments, code=0):
+    """What tools/ablate.py says, one epoch on the CPU, called in this process."""
+    command = [data, "--out", out, "--claims", claims, "--epochs", 1, "--gpus", 0, *arguments]
+    done = CliRunner().invoke(ablate.main, list(map(str, command)))
+    assert done.exit_code == code, (done.output, done.exception)
+    return done.output
+
+
+def test_an_unfinished_run_goes_on_only_with_its_own_options(dataset, tmp_path, instant):
+    one = ["--seeds", 1, "--only", "baseline"]
+    ablated(dataset, tmp_path, "lrn", *one, "--", "--dropout", "0.3")
+    assert "--resume" not in instant.pop()
+    for result in (True, False):
+        if not result:
+            (tmp_path / "baseline/seed-0/result.json").unlink()
+        for other in (["--dropout", "0.4"], [], ["--dropout", "0.3", "--pool", "2,2"]):
+            said = ablated(dataset, tmp_path, "lrn", *one, "--", *other, code=1)
+            assert "was run with other options" in said and "--dropout 0.3" in said
+        assert not instant
+    # the same, said and computed otherwise
+    same = ["--dropout=0.30", "--workers", "3", "--log-every", "7", "--pool", "3,2"]
+    ablated(dataset / "train/..", tmp_path, "lrn", *one, "--threads", 1, "--", *same)
+    (again,) = instant
+    assert again[-1] == "--resume"
+    # nothing holds on to the options of a run that never got as far as a checkpoint
+    (tmp_path / "baseline/seed-0/checkpoint-000000003.pt").unlink()
+    (tmp_path / "baseline/seed-0/result.json").unlink()
+    ablated(dataset, tmp_path, "lrn", *one)
+    assert "--resume" not in instant[-1]
+
+
+def test_a_finished_baseline_gets_the_training_error_that_another_claim_needs(dataset, tmp_path, instant):
+    ablated(dataset, tmp_path, "lrn", "--seeds", 1)
+    instant.clear()
+    ablated(dataset, tmp_path, "lrn,dropout", "--seeds", 1)
+    (baseline,) = [c for c in instant if c[0] == "train.py" and str(tmp_path / "baseline/seed-0") in c]
+    assert baseline[-1] == "--resume"
+    assert [c[0] for c in instant].count("tools/evaluate.py") == 2
+    rows = {row["run"]: row for row in json.loads((tmp_path / "results.json").read_text())["claims"]}
+    assert rows["baseline"]["train"]["values"] == [50] and rows["no-lrn"]["train"] is None
+    assert rows["dropout-0"]["train_difference"]["values"] == [0]
+    instant.clear()
+    ablated(dataset, tmp_path, "lrn,dropout", "--seeds", 1)
+    ablated(dataset, tmp_path, "lrn", "--seeds", 1)
+    assert not instant
+
+
+def test_an_evaluation_is_of_the_networks_there_are(dataset, tmp_path, instant):
+    def judged(seeds):
+        instant.clear()
+        ablated(dataset, tmp_path, "ensemble", "--seeds", seeds)
+        return [c[1 : c.index("--data")] for c in instant if c[0] == "tools/evaluate.py"]
+
+    paths = [str(tmp_path / f"baseline/seed-{seed}/checkpoint-000000003.pt") for seed in range(3)]
+    assert judged(3) == [paths] and judged(3) == []
+    assert judged(2) == [paths[:2]] and judged(2) == []
+    assert judged(1) == [paths[:1]] and judged(1) == []
+    os.utime(paths[0], ns=(0, 0))
+    assert judged(1) == [paths[:1]]
+    (tmp_path / "evaluated-1.json").write_text('{"count"')
+    assert judged(1) == [paths[:1]]
+
+
+@pytest.mark.parametrize(("stop", "code", "said"), [(False, 1, "out of memory"), (True, 75, "goes on")])
+def test_the_table_is_kept_when_the_evaluation_ends_early(
+    dataset, tmp_path, instant, monkeypatch, stop, code, said
+):
+    train, before = ablate.Workers.call, signal.getsignal(signal.SIGTERM)
+
+    def call(workers, script, arguments, slot, run=None):
+        assert signal.getsignal(signal.SIGTERM) is not before
+        if script == "train.py":
+            return train(workers, script, arguments, slot, run)
+        if stop:
+            signal.raise_signal(signal.SIGTERM)
+        return 1, "out of memory"
+
+    monkeypatch.setattr(ablate.Workers, "call", call)
+    output = ablated(dataset, tmp_path, "lrn,ensemble", "--seeds", 1, code=code)
+    assert said in output and "| no-lrn |" in (tmp_path / "table.md").read_text()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_shards_of_another_cifar_are_not_taken(class_folders, tmp_path, monkeypatch):
+    built = []
+
+    def build(command, **_):
+        built.append(command)
+        (tmp_path / "cifar/val").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cifar/val/manifest.json").touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ablate.subprocess, "run", build)
+    archive = tmp_path / "cifar.tar.gz"
+    archive.touch()
+    assert ablate.cifar_shards(archive, tmp_path) == tmp_path / "cifar"
+    assert ablate.cifar_shards(tmp_path / "cifar/../cifar.tar.gz", tmp_path) == tmp_path / "cifar"
+    with pytest.raises(ModelError, match="was not built of"):
+        ablate.cifar_shards(class_folders, tmp_path)
+    archive.write_text("another")
+    with pytest.raises(ModelError, match="was not built of"):
+        ablate.cifar_shards(archive, tmp_path)
+    with pytest.raises(ModelError, match="cannot read"):
+        ablate.cifar_shards(tmp_path / "none", tmp_path)
+    assert len(built) == 1
 
 
 def test_every_job_has_its_own_gpu(monkeypatch):

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,17 +30,31 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from model import ModelError
+from model.alexnet import ACTIVATIONS
 from model.checkpoint import Checkpoints
 from model.parallel import count_gpus
 from pipeline.loader import cpu_threads
 from pipeline.shards import MANIFEST, ShardReader
 from tools.common import CONTEXT, option, write_text
 from tools.pictures import COLORS, new_figure, save
+from train import main as train_command
 
 ROOT = Path(__file__).parent.parent
 EXIT_INTERRUPTED = 75  # as train.py's: to be run again
 BASELINE = "baseline"
 TARGET = 0.25  # figure 1: the training error that both networks have to reach
+# options of train.py that say how a run is computed, not what
+HOW = {
+    "gpus",
+    "workers",
+    "decode_threads",
+    "keep",
+    "save_every",
+    "log_every",
+    "tensorboard",
+    "wandb",
+    "progress",
+}
 
 
 @dataclass(frozen=True)
@@ -135,8 +149,16 @@ class Workers:
             self.slots.put(slot)
         self.processes: set[subprocess.Popen[str]] = set()
         self.stopping = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self.stop())
+
+    def __enter__(self) -> Workers:
+        """From here on SIGINT and SIGTERM stop the runs."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, lambda *_: self.stop()) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def stop(self) -> None:
         """Every run saves and ends."""
@@ -158,11 +180,15 @@ class Workers:
                 time.sleep(0.2)  # signals are handled in this thread
                 if done := sum(bool(run.result) for run in runs) - bar.n:
                     bar.update(done)
+        self.check_stopped()
+        for future in futures:
+            future.result()
+
+    def check_stopped(self) -> None:
+        """Raises Exit if a signal has come."""
         if self.stopping.is_set():
             click.echo("stopped by a signal, the runs have saved: the same command goes on", err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED)
-        for future in futures:
-            future.result()
 
     def _run(self, run: Run) -> None:
         if self.stopping.is_set():
@@ -172,6 +198,8 @@ class Workers:
             arguments = [*self.options, *run.arguments, "--out", str(run.out), "--seed", str(run.seed)]
             if Checkpoints(run.out).paths():
                 arguments.append("--resume")
+            else:
+                write_text(run.out / "arguments.json", json.dumps(run.arguments) + "\n")
             code, error = self.call("train.py", arguments, slot, run)
             reached = reaches(epoch_errors(run.out), run.target)
             if self.stopping.is_set() and not reached:
@@ -241,16 +269,31 @@ def visible_gpu(index: int) -> str:
 
 
 def finished(run: Run) -> dict[str, Any]:
-    """The result of a run that is complete, else {}; raises ModelError if it was another run."""
-    try:
-        result = json.loads((run.out / "result.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    if result["arguments"] != run.arguments:
-        raise ModelError(
-            f"{run.out} was run with other options ({shlex.join(result['arguments'])}): give another --out"
-        )
+    """The result of a run that is complete, else {}; raises ModelError if it was, or is, another run."""
+    result = read_json(run.out / "result.json") or {}
+    began = result.get("arguments")
+    if not result and Checkpoints(run.out).paths():  # --resume would go on with the options it began with
+        began = read_json(run.out / "arguments.json")
+    if began not in (None, run.arguments) and what(began) != what(run.arguments):
+        raise ModelError(f"{run.out} was run with other options ({shlex.join(began)}): give another --out")
+    if run.train_split and "train_top1" not in result:
+        return {}  # finished for a claim that did not need it: nothing is left to train, only to evaluate
     return result
+
+
+def what(arguments: list[str]) -> dict[str, Any]:
+    """All that train.py's arguments say but HOW, however they are spelled; raises UsageError as train.py does."""
+    with train_command.make_context("train.py", list(arguments)) as context:
+        options = {name: value for name, value in context.params.items() if name not in HOW}
+    return {**options, "data": options["data"].resolve()}
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds; None if it is missing or was being written."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:
@@ -348,66 +391,77 @@ def main(**config: Any) -> None:
     gpus = count_gpus(config["gpus"])
     jobs = config["jobs"] or max(1, gpus)
     claims = chosen_claims(config["claims"])
+    runs_of = [name for claim in claims if claim in CLAIMS for name in CLAIMS[claim].runs]
+    only = chosen(config["only"], "run of these claims", [BASELINE, *runs_of])
+    activations = chosen(config["activations"], "activation", ACTIVATIONS)
     rates = [rate.strip() for rate in config["lrs"].split(",")]
     if config["data"] is not None:
         for split in ("train", "val"):
             ShardReader(config["data"] / split).close()
-    with locked(out) as lock:
-        workers = Workers(jobs, gpus, config["threads"], lock)
-        parts: dict[str, Any] = {}
-        failed: list[str] = []
-        if config["data"] is not None:
-            options = [
-                "--data",
-                str(config["data"]),
-                "--epochs",
-                str(config["epochs"]),
-                *config["extra"],
-            ]
-            only = {name.strip() for name in config["only"].split(",") if name.strip()}
-            runs = planned(claims, out, config["data"], options, config["seeds"], only)
-            workers.work(runs, "claims")
-            failed += [f"{run.title}: {run.result['failed']}" for run in runs if "failed" in run.result]
-            parts["claims"] = summarise(claims, runs)
-            if set(EVALUATED) & set(claims):
-                parts["evaluated"] = evaluate_baseline(claims, runs, config["data"], workers, out)
-            if any(run.result.get("top1") for run in runs):
-                save(curves_figure(runs), out / "curves.png")
-        if config["figure1"] is not None:
-            data = cifar_shards(config["figure1"], out)
-            names = [name.strip() for name in config["activations"].split(",")]
-            runs, parts["figure1"] = figure1(
-                data,
-                out,
-                names,
-                rates,
-                config["seeds"],
-                config["tune_epochs"],
-                config["max_epochs"],
-                list(config["extra"]) if config["data"] is None else [],
-                workers,
-            )
-            failed += [f"{run.title}: {run.result['failed']}" for run in runs if "failed" in run.result]
-            save(figure1_figure(parts["figure1"]), out / "figure1.png")
-        parts["command"] = shlex.join(["python", "tools/ablate.py", *sys.argv[1:]])
-        write_text(out / "results.json", json.dumps(parts, indent=1) + "\n")
-        table = as_markdown(parts)
-        write_text(out / "table.md", table)
-    click.echo(table, nl=False)
-    click.echo(f"\n{out}/table.md, results.json and the curves are written")
-    for line in failed:
-        click.echo(f"failed: {line}", err=True)
+    parts: dict[str, Any] = {}
+    failed: list[str] = []
+    with locked(out) as lock, Workers(jobs, gpus, config["threads"], lock) as workers:
+        try:
+            if config["data"] is not None:
+                options = [
+                    "--data",
+                    str(config["data"].resolve()),
+                    "--epochs",
+                    str(config["epochs"]),
+                    *config["extra"],
+                ]
+                runs = planned(claims, out, config["data"], options, config["seeds"], set(only))
+                workers.work(runs, "claims")
+                failed += [f"{run.title}: {run.result['failed']}" for run in runs if "failed" in run.result]
+                parts["claims"] = summarise(claims, runs)
+                if any(run.result.get("top1") for run in runs):
+                    save(curves_figure(runs), out / "curves.png")
+                if set(EVALUATED) & set(claims):
+                    parts["evaluated"] = evaluate_baseline(claims, runs, config["data"], workers, out)
+            if config["figure1"] is not None:
+                data = cifar_shards(config["figure1"], out)
+                runs, parts["figure1"] = figure1(
+                    data,
+                    out,
+                    activations,
+                    rates,
+                    config["seeds"],
+                    config["tune_epochs"],
+                    config["max_epochs"],
+                    list(config["extra"]) if config["data"] is None else [],
+                    workers,
+                )
+                failed += [f"{run.title}: {run.result['failed']}" for run in runs if "failed" in run.result]
+                save(figure1_figure(parts["figure1"]), out / "figure1.png")
+        finally:  # whatever ends it early: what has been found is kept
+            if parts:
+                report(parts, failed, out)
     if failed:
         raise ModelError(f"{len(failed)} runs failed, and the table is without them: see above")
 
 
+def report(parts: dict[str, Any], failed: list[str], out: Path) -> None:
+    """Write and print the table, and say which runs failed."""
+    parts["command"] = shlex.join(["python", "tools/ablate.py", *sys.argv[1:]])
+    write_text(out / "results.json", json.dumps(parts, indent=1) + "\n")
+    table = as_markdown(parts)
+    write_text(out / "table.md", table)
+    click.echo(table, nl=False)
+    click.echo(f"\n{out}/table.md, results.json and the curves are written")
+    for line in failed:
+        click.echo(f"failed: {line}", err=True)
+
+
 def chosen_claims(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
     known = [*CLAIMS, *EVALUATED]
-    if names == ["all"]:
-        return known
+    return known if text.strip() == "all" else chosen(text, "claim", known)
+
+
+def chosen(text: str, kind: str, known: Iterable[str]) -> list[str]:
+    """The names in `text`, commas between; raises UsageError for one that is not known."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if unknown := [name for name in names if name not in known]:
-        raise click.BadParameter(f"no claim {', '.join(unknown)}: choose of {', '.join(known)}")
+        raise click.BadParameter(f"no {kind} {', '.join(unknown)}: choose of {', '.join(known)}")
     return names
 
 
@@ -486,27 +540,29 @@ def spread(values: list[float]) -> dict[str, Any] | None:
 def evaluate_baseline(
     claims: list[str], runs: list[Run], data: Path, workers: Workers, out: Path
 ) -> list[dict[str, Any]]:
-    """Ten crops and ensembles of the baseline's networks, by tools/evaluate.py."""
+    """Ten crops and ensembles of the baseline's networks, by tools/evaluate.py; no rows where all have failed."""
     networks = [
         Checkpoints(run.out).paths()[0]
         for run in runs
         if run.name == BASELINE and run.result and "failed" not in run.result
     ]
+    if not networks:
+        return []
+    judged = [[str(network), network.stat().st_size, network.stat().st_mtime_ns] for network in networks]
     rows = []
     for crops in (1, 10) if "crops" in claims else (1,):
         path = out / f"evaluated-{crops}.json"
         arguments = [*map(str, networks), "--data", str(data), "--crops", str(crops), "--json", str(path)]
-        names = [str(network) for network in networks]
-        if (
-            not path.exists()
-            or [n["network"] for n in json.loads(path.read_text())["networks"]][: len(names)] != names
-        ):
+        result = read_json(path)
+        if not result or result.get("judged") != judged:
             code, error = workers.call(
                 "tools/evaluate.py", [*arguments, "--no-progress", "--workers", "0"], 0
             )
+            workers.check_stopped()
             if code:
                 raise ModelError(f"the baseline could not be evaluated: {error}")
-        result = json.loads(path.read_text())
+            result = {**json.loads(path.read_text()), "judged": judged}
+            write_text(path, json.dumps(result, indent=1) + "\n")
         single = result["networks"][: len(networks)]
         row = {"crops": crops, "networks": len(networks), "count": result["count"]}
         for key in ("top1", "top5"):
@@ -520,12 +576,25 @@ def evaluate_baseline(
 
 
 def cifar_shards(source: Path, out: Path) -> Path:
-    """SOURCE itself if it holds shards; else lossless shards of it in OUT/cifar."""
+    """SOURCE itself if it holds shards; else lossless shards of it in OUT/cifar.
+
+    Raises ModelError if those there are of another SOURCE: finished runs may have been trained on them.
+    """
     if (source / "train" / MANIFEST).exists():
         return source
     data = out / "cifar"
+    try:
+        stat = source.stat()
+    except OSError as error:
+        raise ModelError(f"cannot read {source}: {error.strerror}; give CIFAR-10") from None
+    identity = {"path": str(source.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     if (data / "val" / MANIFEST).exists():
+        if read_json(data / "source.json") != identity:
+            raise ModelError(
+                f"{data} was not built of {source} as it is now: give another --out, or --figure1 {data}"
+            )
         return data
+    write_text(data / "source.json", json.dumps(identity) + "\n")
     builds = [[str(source)]]
     if (source / "test").is_dir():  # as CIFAR's own names have it
         builds = [[str(source / "train"), "--split", "train"], [str(source / "test"), "--split", "val"]]
@@ -555,7 +624,7 @@ def figure1(
     No augmentation, no regularisation, a constant rate; the error is the running one of the epoch.
     """
     size = ShardReader(data / "train").manifest.size
-    options = ["--data", str(data), "--variant", "cifar", "--crop", str(size), "--train-error"]
+    options = ["--data", str(data.resolve()), "--variant", "cifar", "--crop", str(size), "--train-error"]
     options += ["--augment", "none", "--color-std", "0", "--weight-decay", "0", "--dropout", "0"]
     options += ["--schedule", "plateau", "--patience", "100000", *extra]  # the rate stays as it is
     folder = out / "figure1"
@@ -629,7 +698,7 @@ def as_markdown(parts: dict[str, Any]) -> str:
                 cells += [said(row[key]), said(row.get(f"{key}_difference"), "+")]
             lines.append("| " + " | ".join([*cells, row.get("paper", ""), str(len(row["seeds"]))]) + " |")
         lines.append("")
-    if "evaluated" in parts:
+    if parts.get("evaluated"):
         lines += [
             "| the baseline's networks | top-1 error, each | averaged | top-5 error, each | averaged |",
             "|---|--:|--:|--:|--:|",
