@@ -118,7 +118,7 @@ def test_biases_of_one_follow_the_papers_numbers_where_a_layer_is_left_out():
     net = AlexNet(5, image_size=96, drop_layers=("conv3",))
     initialise(net, "paper")
     convolutions = {n: m.bias for n, m in net.features.named_children() if n.startswith("conv")}
-    assert {name: float(bias.mean()) for name, bias in convolutions.items()} == {
+    assert {name: float(bias.detach().mean()) for name, bias in convolutions.items()} == {
         "conv1": 0, "conv2": 1, "conv4": 1, "conv5": 1,
     }  # fmt: skip
 
