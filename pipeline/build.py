@@ -272,7 +272,7 @@ def _remove_unfinished(partial: Path, all_of_it: bool = False) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        except (DataError, FileNotFoundError):
+        except (DataError, OSError):  # at work there, or the disk is read-only
             continue
         finally:
             if lock is not None:

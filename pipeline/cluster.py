@@ -59,23 +59,27 @@ class Cluster:
             asyncio.run(asyncio.wait_for(_ask(address), SECONDS_TO_CONNECT))
             self.client = Client(address, timeout=SECONDS_TO_CONNECT, set_as_default=False)
         except Exception as error:
+            why = f"not in {SECONDS_TO_CONNECT} s" if isinstance(error, TimeoutError) else _first_line(error)
             raise DataError(
-                f"no Dask scheduler answers at {address} ({_first_line(error)}): start `dask scheduler`"
+                f"no Dask scheduler answers at {address} ({why}): start `dask scheduler`"
             ) from None
         try:
             self.client.wait_for_workers(1, timeout=SECONDS_FOR_WORKERS)
             self._check(source, out)
+            # a lost worker is told at once, and the build decides: by default Dask lets a file kill four
+            self.client.run_on_scheduler(_allow_failures, 0)
         except TimeoutError:
             self.client.close()
             raise DataError(
                 f"no worker has joined {address} in {SECONDS_FOR_WORKERS} s: "
                 f"start `dask worker {address} --nthreads 1`"
             ) from None
+        except OSError:
+            self.client.close()
+            raise _scheduler_gone() from None
         except BaseException:
             self.client.close()
             raise
-        # a lost worker is told at once, and the build decides: by default Dask lets a file kill four
-        self.client.run_on_scheduler(_allow_failures, 0)
 
     def _check(self, source: Path, out: Path) -> None:
         _refuse_threads(self.client.nthreads())
