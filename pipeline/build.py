@@ -16,6 +16,8 @@ import math
 import os
 import shutil
 import time
+import uuid
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from pipeline import DataError
 from pipeline.prepare import RejectedError, Statistics, encode_bgr, prepare_bgr
 from pipeline.raw import RawImage, RawReader, Source
 from pipeline.shards import (
+    DATABASE,
     FORMAT_VERSION,
     MANIFEST,
     MEAN,
@@ -75,6 +78,7 @@ class _ShardJob:
 
     number: int
     partial: Path
+    token: str  # of the build, in the names of all that the job writes
     source: Path
     images: list[RawImage]
     options: Options
@@ -113,12 +117,13 @@ def build_split(
             raise DataError(
                 f"{final} was built from other images or with other options: replace it with --overwrite"
             )
-        lock = _claim(final, partial, fingerprint, _stamp(source), resume, overwrite)
+        lock, token = _claim(final, partial, fingerprint, _stamp(source), resume, overwrite)
         try:
             resumed = 0
             if not (partial / MANIFEST).exists():
-                resumed = _write_shards(source, partial, options, plan, workers, progress, make_pool)
-                _write_manifest(source, partial, options, plan, fingerprint)
+                resumed = _write_shards(source, partial, token, options, plan, workers, progress, make_pool)
+                _write_manifest(source, partial, token, options, plan, fingerprint)
+            _remove_unfinished(partial, all_of_it=True)  # nothing strange is to be published
             manifest = _publish(partial, final)
         finally:
             _remove_unfinished(partial)
@@ -169,8 +174,13 @@ def _stamp(source: Source) -> str:
 # --- the directory of an unfinished build ------------------------------------------------------------------
 
 
-def _claim(final: Path, partial: Path, fingerprint: str, stamp: str, resume: bool, overwrite: bool) -> int:
-    """Make or take over `partial`; returns the descriptor of its lock."""
+def _claim(
+    final: Path, partial: Path, fingerprint: str, stamp: str, resume: bool, overwrite: bool
+) -> tuple[int, str]:
+    """Make or take over `partial`; returns the descriptor of its lock and the token of the build.
+
+    Jobs of a cluster can outlive the build that sent them, and its directory: they know files of other names.
+    """
     if not (resume or overwrite):
         if partial.exists():
             raise DataError(
@@ -183,7 +193,7 @@ def _claim(final: Path, partial: Path, fingerprint: str, stamp: str, resume: boo
     if partial.exists():
         lock = _lock(partial)
         if overwrite:
-            shutil.rmtree(partial)
+            _remove_tree(partial)
             os.close(lock)
         else:
             try:
@@ -209,13 +219,29 @@ def _claim(final: Path, partial: Path, fingerprint: str, stamp: str, resume: boo
                 os.close(lock)
                 raise DataError(f"{final} already exists beside {partial}: replace both with --overwrite")
             work.mkdir(exist_ok=True)
-            return lock
+            for place in work.glob("*.at"):
+                place.unlink()  # jobs that a killed build left on a cluster stop when they miss it
+            if "token" not in known:
+                known.update(fingerprint=fingerprint, stamp=stamp, token=uuid.uuid4().hex)
+                write_atomic(started, json.dumps(known).encode())
+            return lock, known["token"]
     partial.mkdir(parents=True)
     lock = _lock(partial)
     work.mkdir()
-    content = {"fingerprint": fingerprint, "stamp": stamp, "overwrite": overwrite}
+    token = uuid.uuid4().hex
+    content = {"fingerprint": fingerprint, "stamp": stamp, "overwrite": overwrite, "token": token}
     write_atomic(started, json.dumps(content).encode())
-    return lock
+    return lock, token
+
+
+def _remove_tree(directory: Path) -> None:
+    """rmtree, also while a job that is about to stop still makes or renames something in there."""
+    for _ in range(20):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.1)
+    shutil.rmtree(directory)
 
 
 def _lock(directory: Path, name: str = "", wait: bool = False) -> int:
@@ -232,13 +258,25 @@ def _lock(directory: Path, name: str = "", wait: bool = False) -> int:
     return descriptor
 
 
-def _remove_unfinished(partial: Path) -> None:
-    """What stopped workers were writing: useless, and on a full disk in the way."""
+def _remove_unfinished(partial: Path, all_of_it: bool = False) -> None:
+    """What stopped workers were writing: useless, and on a full disk in the way.
+
+    Where a worker of a cluster may be at it still, that worker or --resume removes it, unless `all_of_it` is to go.
+    """
     for path in [*partial.glob("*.tmp"), *partial.glob("work/*.tmp")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        lock = None
+        try:
+            if not all_of_it and path.name.startswith("shard-"):
+                lock = _lock(partial / "work", f"{path.name.partition('.')[0]}.lock")
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        except (DataError, OSError):  # at work there, or the disk is read-only
+            continue
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def _disk_error(error: OSError, out: Path) -> DataError:
@@ -252,14 +290,25 @@ def _disk_error(error: OSError, out: Path) -> DataError:
 # --- shards ------------------------------------------------------------------------------------------------
 
 
-def _note(partial: Path, number: int) -> Path:
+def _note(partial: Path, number: int, token: str) -> Path:
     """What a finished shard adds to the manifest: an npz with the sums and a JSON text."""
-    return partial / "work" / f"{shard_name(number)}.npz"
+    return partial / "work" / f"{shard_name(number)}.{token}.npz"
+
+
+def _is_finished(partial: Path, number: int, token: str) -> bool:
+    """Whether a shard has its note, and the file that the note speaks of is there."""
+    try:
+        with np.load(_note(partial, number, token)) as arrays:
+            shard = json.loads(str(arrays["text"]))["shard"]
+        return shard["count"] == 0 or (partial / shard["name"] / DATABASE).stat().st_size == shard["bytes"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
 
 
 def _write_shards(
     source: Source,
     partial: Path,
+    token: str,
     options: Options,
     plan: list[list[int]],
     workers: int,
@@ -269,9 +318,9 @@ def _write_shards(
     """Write every shard that has no note yet; returns how many images had been done before."""
     jobs = {}
     for number, piece in enumerate(plan):
-        if not _note(partial, number).exists():
+        if not _is_finished(partial, number, token):
             images = [source.images[index] for index in piece]
-            jobs[number] = _ShardJob(number, partial, source.path, images, options)
+            jobs[number] = _ShardJob(number, partial, token, source.path, images, options)
     total = len(source.images)
     resumed = done = total - sum(len(job.images) for job in jobs.values())
     progress(done, total)
@@ -316,11 +365,11 @@ def write_shard(job: _ShardJob, report: Report) -> None:
         # After a kill of the main process its workers may live for a moment: never two in one shard.
         lock = _lock(job.partial / "work", f"{shard_name(job.number)}.lock", wait=True)
         try:
-            if not _note(job.partial, job.number).exists():
+            if not _is_finished(job.partial, job.number, job.token):
                 _write_shard(job, report)
         except lmdb.Error as error:
             # LMDB calls a write that a full disk cut short an I/O error: a plain one tells the true reason.
-            (job.partial / f"probe-{job.number}.tmp").write_bytes(bytes(1 << 24))
+            (job.partial / f"{shard_name(job.number)}.probe.tmp").write_bytes(bytes(1 << 24))
             raise DataError(f"{job.partial}: {error}; continue with --resume when that is solved") from None
         finally:
             os.close(lock)
@@ -330,7 +379,10 @@ def write_shard(job: _ShardJob, report: Report) -> None:
 
 def _write_shard(job: _ShardJob, report: Report) -> None:
     options, directory = job.options, job.partial / shard_name(job.number)
-    unfinished = directory.with_suffix(".tmp")
+    unfinished = directory.with_name(f"{directory.name}.{job.token}.tmp")
+    note_path = _note(job.partial, job.number, job.token)
+    report(-1)  # raises if this job has been given up: then another one may be at work here
+    note_path.unlink(missing_ok=True)
     for leftover in (unfinished, directory):
         if leftover.exists():
             shutil.rmtree(leftover)
@@ -353,6 +405,11 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
             statistics.add_bgr(bgr)
         report(-1)
         entry = {"name": directory.name, **writer.close()}
+        report(-1)
+    except DataError:  # given up; whoever wants it later finds no rest, nor does a full disk
+        writer.abort()
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     finally:
         writer.abort()
         reader.close()
@@ -362,7 +419,8 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
     text = json.dumps({"shard": entry, "products": statistics.products, "rejected": rejected})
     note = io.BytesIO()
     np.savez(note, sums=statistics.sums, text=np.array(text))
-    write_atomic(_note(job.partial, job.number), note.getvalue())
+    report(-1)  # after the rename: whoever gave the job up and then tidied has tidied this shard, too
+    write_atomic(note_path, note.getvalue())
 
 
 def _read(reader: RawReader, image: RawImage, source: Path) -> bytes:
@@ -381,7 +439,7 @@ def _read(reader: RawReader, image: RawImage, source: Path) -> bytes:
 
 
 def _write_manifest(
-    source: Source, partial: Path, options: Options, plan: list[list[int]], fingerprint: str
+    source: Source, partial: Path, token: str, options: Options, plan: list[list[int]], fingerprint: str
 ) -> None:
     """Add up the shards' notes: mean.npy and the manifest, whose presence says that all is there."""
     sums = np.zeros((options.size, options.size, 3), np.int64)
@@ -389,7 +447,9 @@ def _write_manifest(
     shards: list[dict[str, Any]] = []
     rejected = [{"source": name, "reason": reason} for name, reason in source.rejected]
     for number in range(len(plan)):
-        with np.load(_note(partial, number)) as arrays:
+        if not _is_finished(partial, number, token):
+            raise DataError(f"{partial / shard_name(number)} is not whole: continue with --resume")
+        with np.load(_note(partial, number, token)) as arrays:
             note = json.loads(str(arrays["text"]))
             shard_sums = arrays["sums"]
         rejected += note["rejected"]

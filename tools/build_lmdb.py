@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 from tqdm import tqdm
@@ -111,9 +112,10 @@ def main(
         raise click.UsageError(f"--quality is for JPEGs, but --encoding is {encoding}")
     quality = (quality or DEFAULT_QUALITY) if encoding == "jpeg" else None
     options = Options(size, encoding, quality, images_per_shard, seed)
-    if scheduler:
+    if scheduler is not None:
         if workers:
             raise click.UsageError("--workers is for this machine, --scheduler has workers of its own")
+        _check_address(scheduler)
         if is_archive(source):
             raise click.UsageError(
                 "--scheduler takes class folders or tars: the workers cannot see what is unpacked here"
@@ -155,6 +157,17 @@ def main(
     except KeyboardInterrupt:
         click.echo("\nInterrupted: continue with --resume.", err=True)
         sys.exit(130)
+
+
+def _check_address(scheduler: str) -> None:
+    """Dask takes what it is given, and fails at length."""
+    try:
+        url = urlsplit(scheduler if "://" in scheduler else f"tcp://{scheduler}")
+        sound = url.scheme in ("tcp", "tls") and url.hostname and url.port and url.path in ("", "/")
+    except ValueError:  # the port is not a number, the brackets of an IPv6 address do not match
+        sound = False
+    if not sound:
+        raise click.UsageError(f"--scheduler is {scheduler!r}: give tcp://HOST:PORT")
 
 
 @contextmanager
