@@ -55,7 +55,7 @@ if [ -z "$base" ]; then
   echo "== a fresh ${SUITE:=bookworm}"
   container=$(b from scratch)
   # shellcheck disable=SC2086 -- no argument where MIRROR is not set
-  debootstrap --variant=minbase "$SUITE" "$(b mount "$container")" ${MIRROR-} \
+  debootstrap --force-check-gpg --variant=minbase "$SUITE" "$(b mount "$container")" ${MIRROR-} \
     >"$store/debootstrap.log" || { tail -3 "$store/debootstrap.log" >&2; fail "debootstrap failed"; }
   b umount "$container" >/dev/null
   b commit --quiet --rm "$container" "$base" >/dev/null

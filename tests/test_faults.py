@@ -1,4 +1,4 @@
-"""The short form of `make faults`, without `signals` (tests/test_train.py has them); and what injecting faults has found."""
+"""The short form of `make faults` (tests/test_train.py has its `signals`); and what injecting faults has found."""
 
 import multiprocessing
 import os
