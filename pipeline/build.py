@@ -113,7 +113,7 @@ def build_split(
             raise DataError(
                 f"{final} was built from other images or with other options: replace it with --overwrite"
             )
-        lock = _claim(final, partial, fingerprint, _stamp(source), resume, overwrite)
+        lock = _claim(final, partial, fingerprint, lambda: _stamp(source), resume, overwrite)
         try:
             resumed = 0
             if not (partial / MANIFEST).exists():
@@ -169,8 +169,10 @@ def _stamp(source: Source) -> str:
 # --- the directory of an unfinished build ------------------------------------------------------------------
 
 
-def _claim(final: Path, partial: Path, fingerprint: str, stamp: str, resume: bool, overwrite: bool) -> int:
-    """Make or take over `partial`; returns the descriptor of its lock."""
+def _claim(
+    final: Path, partial: Path, fingerprint: str, stamp: Callable[[], str], resume: bool, overwrite: bool
+) -> int:
+    """Make or take over `partial`; returns the descriptor of its lock. `stamp` looks at every image: only then."""
     if not (resume or overwrite):
         if partial.exists():
             raise DataError(
@@ -200,7 +202,7 @@ def _claim(final: Path, partial: Path, fingerprint: str, stamp: str, resume: boo
                     f"{partial} was begun from other images or with other options: "
                     "repeat those, or start afresh with --overwrite"
                 )
-            if known.get("stamp", stamp) != stamp:
+            if "stamp" in known and known["stamp"] != stamp():
                 os.close(lock)
                 raise DataError(
                     f"images have changed since {partial} was begun: start afresh with --overwrite"
@@ -210,10 +212,10 @@ def _claim(final: Path, partial: Path, fingerprint: str, stamp: str, resume: boo
                 raise DataError(f"{final} already exists beside {partial}: replace both with --overwrite")
             work.mkdir(exist_ok=True)
             return lock
+    content = {"fingerprint": fingerprint, "stamp": stamp(), "overwrite": overwrite}
     partial.mkdir(parents=True)
     lock = _lock(partial)
     work.mkdir()
-    content = {"fingerprint": fingerprint, "stamp": stamp, "overwrite": overwrite}
     write_atomic(started, json.dumps(content).encode())
     return lock
 

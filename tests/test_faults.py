@@ -254,6 +254,9 @@ def test_images_that_change_during_a_build_are_noticed(
         build_split(open_source(folder, "val"), tmp_path / "out", options, workers=2, resume=True)
     build_split(open_source(folder, "val"), tmp_path / "out", options, workers=2, overwrite=True)
     assert Manifest.load(tmp_path / "out/val").count == 24
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="already exists"):
+        patch.setattr(pipeline.build, "_stamp", lambda _: pytest.fail("a million images were looked at"))
+        build_split(open_source(folder, "val"), tmp_path / "out", options, workers=2)
 
 
 def test_overwriting_survives_a_kill_at_each_of_its_steps(class_folders: Path, tmp_path: Path) -> None:
