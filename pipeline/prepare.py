@@ -16,8 +16,9 @@ from collections.abc import Iterator
 # five seconds (docs/faults.md). MAX_PIXELS is Pillow's limit too, 256 MiB of RGB; OpenCV reads it when it is
 # loaded, as a second line of defence to `dimensions` below.
 MAX_PIXELS = 89_478_485
-# Of a JPEG: each scan goes over all pixels. Encoders write up to ten scans, here of 80 megapixels.
-MAX_SCANNED_PIXELS = 3 << 28
+# Of a JPEG: each scan goes over all pixels. Encoders write up to ten scans, here of 67 megapixels.
+MAX_SCANNED_PIXELS = 5 << 27
+MAX_WEBP_PIXELS = 1 << 26  # the slowest to decode
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # refused files are listed in the manifest instead
 
@@ -131,8 +132,9 @@ def prepare_bgr(data: bytes, size: int = 256) -> np.ndarray:
     width, height = dimensions(data)
     if width <= 0 or height <= 0:
         raise RejectedError("no pixels in it")
-    if width * height > MAX_PIXELS:
-        raise RejectedError(f"{width}x{height} pixels, more than the limit of {MAX_PIXELS:,}")
+    limit = MAX_WEBP_PIXELS if data.startswith(b"RIFF") else MAX_PIXELS
+    if width * height > limit:
+        raise RejectedError(f"{width}x{height} pixels, more than the limit of {limit:,}")
     if data.startswith(JPEG):
         count = scans(data)
         if count > MAX_SCANS or count * width * height > MAX_SCANNED_PIXELS:

@@ -157,6 +157,11 @@ def _png_bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def _webp(width: int, height: int) -> bytes:
+    header = struct.pack("<BI", 0x2F, width - 1 | height - 1 << 14)
+    return b"RIFF" + struct.pack("<I", 12 + len(header)) + b"WEBPVP8L" + struct.pack("<I", 5) + header + b"\0"
+
+
 def test_what_is_no_image_is_rejected_with_the_reason(photo: Image.Image) -> None:
     jpeg, png = _file(photo, "JPEG"), _file(photo, "PNG")
     huge = jpeg.replace(struct.pack(">HH", 512, 512), struct.pack(">HH", 65500, 65500), 1)
@@ -175,6 +180,8 @@ def test_what_is_no_image_is_rejected_with_the_reason(photo: Image.Image) -> Non
         (_png_bomb(0, 10), "no pixels"),
         (_png_bomb(100, 100), "damaged"),
         (huge, "65500x65500 pixels"),
+        (_webp(8193, 8193), "8193x8193 pixels, more than the limit of 67,108,864"),
+        (_webp(8192, 8192), "damaged"),
         (struct.pack("<2sIHHIIii", b"BM", 60, 0, 0, 54, 40, 1 << 20, -(1 << 20)) + bytes(40), "pixels, more"),
         (b"GIF89a\x01", "truncated header"),
     ]:
@@ -207,13 +214,13 @@ def test_more_scans_than_any_encoder_writes_are_rejected_before_they_are_decoded
     tiny = _file(photo.resize((8, 8)), "JPEG", progressive=True)
     tail = tiny[tiny.rindex(b"\xff\xda") : -2]
     segments = progressive[:2] + b"\xff\xe5\x00\x02" * 70_000 + progressive[2:]
-    # encoders write no file of 80 megapixels in the time of a test: a small one with its size changed
+    # encoders write no file of 67 megapixels in the time of a test: a small one with its size changed
     frame = progressive.index(b"\xff\xc2") + 5
-    large = progressive[:frame] + struct.pack(">HH", 8974, 8974) + progressive[frame + 4 :]
+    large = progressive[:frame] + struct.pack(">HH", 8193, 8193) + progressive[frame + 4 :]
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.prepare.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
         for data, reason in [
-            (large, "^10 scans of 8974x8974 pixels"),
+            (large, "^10 scans of 8193x8193 pixels"),
             (tiny[:-2] + tail * 500 + b"\xff\xd9", "^510 scans of 8x8 pixels"),
             (segments, "more than 65,536 segments"),
         ]:
