@@ -27,7 +27,11 @@ command -v buildah >/dev/null || fail "buildah is missing: apt-get install build
 
 # chroot and vfs ask nothing of the kernel: they work inside containers and virtual machines too
 export BUILDAH_ISOLATION=${BUILDAH_ISOLATION-chroot} STORAGE_DRIVER=${STORAGE_DRIVER-vfs}
-store=$(mktemp --directory --tmpdir alexnet-image-XXXXXX)
+# as the kernel spells it in /proc/mounts, where blanks are written otherwise
+store=$(realpath "$(mktemp --directory --tmpdir alexnet-image-XXXXXX)")
+case $store in
+  *[[:space:]\\]*) rmdir "$store"; fail "blanks in $store: give a TMPDIR without" 2 ;;
+esac
 b() { buildah --root "$store/storage" --runroot "$store/run" "$@"; }
 clean() {
   b rm --all >/dev/null 2>&1 || true
@@ -38,11 +42,12 @@ clean() {
   if grep -q " $store/" /proc/mounts; then
     echo "docker/check.sh: $store is still mounted and left as it is" >&2
   else
-    rm -rf "$store"
+    rm -rf --one-file-system "$store"
   fi
 }
 trap clean EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 base=${BASE-}
 if [ -z "$base" ]; then
@@ -50,7 +55,7 @@ if [ -z "$base" ]; then
   echo "== a fresh ${SUITE:=bookworm}"
   container=$(b from scratch)
   # shellcheck disable=SC2086 -- no argument where MIRROR is not set
-  debootstrap --variant=minbase "$SUITE" "$(b mount "$container")" ${MIRROR-} \
+  debootstrap --force-check-gpg --variant=minbase "$SUITE" "$(b mount "$container")" ${MIRROR-} \
     >"$store/debootstrap.log" || { tail -3 "$store/debootstrap.log" >&2; fail "debootstrap failed"; }
   b umount "$container" >/dev/null
   b commit --quiet --rm "$container" "$base" >/dev/null

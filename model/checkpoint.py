@@ -51,10 +51,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ModelError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
     body, digest = memoryview(content)[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise ModelError(
-            f"the checkpoint {path} is damaged (its checksum does not match): go on from the one before with "
-            "--resume --fall-back"
-        )
+        raise ModelError(f"the checkpoint {path} is damaged (its checksum does not match)")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
@@ -116,7 +113,9 @@ class Checkpoints:
                 return load(path)
             except ModelError as error:
                 if not fall_back:
-                    raise
+                    raise ModelError(
+                        f"{error.message}: go on from the one before with --resume --fall-back"
+                    ) from error
                 say(f"passed over: {error.message}")
         raise ModelError(
             f"all {len(paths)} checkpoints in {self.out} are damaged: begin again with another --out"

@@ -117,7 +117,7 @@ def build_split(
             raise DataError(
                 f"{final} was built from other images or with other options: replace it with --overwrite"
             )
-        lock, token = _claim(final, partial, fingerprint, _stamp(source), resume, overwrite)
+        lock, token = _claim(final, partial, fingerprint, lambda: _stamp(source), resume, overwrite)
         try:
             resumed = 0
             if not (partial / MANIFEST).exists():
@@ -175,10 +175,11 @@ def _stamp(source: Source) -> str:
 
 
 def _claim(
-    final: Path, partial: Path, fingerprint: str, stamp: str, resume: bool, overwrite: bool
+    final: Path, partial: Path, fingerprint: str, stamp: Callable[[], str], resume: bool, overwrite: bool
 ) -> tuple[int, str]:
     """Make or take over `partial`; returns the descriptor of its lock and the token of the build.
 
+    `stamp` looks at every image: it is called after the refusals only.
     Jobs of a cluster can outlive the build that sent them, and its directory: they know files of other names.
     """
     if not (resume or overwrite):
@@ -210,7 +211,7 @@ def _claim(
                     f"{partial} was begun from other images or with other options: "
                     "repeat those, or start afresh with --overwrite"
                 )
-            if known.get("stamp", stamp) != stamp:
+            if "stamp" in known and known["stamp"] != stamp():
                 os.close(lock)
                 raise DataError(
                     f"images have changed since {partial} was begun: start afresh with --overwrite"
@@ -222,14 +223,14 @@ def _claim(
             for place in work.glob("*.at"):
                 place.unlink()  # jobs that a killed build left on a cluster stop when they miss it
             if "token" not in known:
-                known.update(fingerprint=fingerprint, stamp=stamp, token=uuid.uuid4().hex)
+                known.update(fingerprint=fingerprint, stamp=stamp(), token=uuid.uuid4().hex)
                 write_atomic(started, json.dumps(known).encode())
             return lock, known["token"]
+    token = uuid.uuid4().hex
+    content = {"fingerprint": fingerprint, "stamp": stamp(), "overwrite": overwrite, "token": token}
     partial.mkdir(parents=True)
     lock = _lock(partial)
     work.mkdir()
-    token = uuid.uuid4().hex
-    content = {"fingerprint": fingerprint, "stamp": stamp, "overwrite": overwrite, "token": token}
     write_atomic(started, json.dumps(content).encode())
     return lock, token
 

@@ -8,16 +8,27 @@ EXIF orientation is ignored, as the makers of ImageNet did: the labels were give
 from __future__ import annotations
 
 import os
+import re
 import struct
+from collections.abc import Iterator
 
-# A second line of defence to `dimensions` below; read when OpenCV is loaded, and the same number.
-MAX_PIXELS = 178_956_970  # what 512 MiB of RGB hold
+# What is decoded depends on the file alone, never on the speed of a machine: these bounds keep every image under
+# five seconds (docs/faults.md). MAX_PIXELS is Pillow's limit too, 256 MiB of RGB; OpenCV reads it when it is
+# loaded, as a second line of defence to `dimensions` below.
+MAX_PIXELS = 89_478_485
+# Of a JPEG: each scan goes over all pixels. Encoders write up to ten scans, here of 67 megapixels.
+MAX_SCANNED_PIXELS = 5 << 27
+MAX_WEBP_PIXELS = 1 << 26  # the slowest to decode
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # refused files are listed in the manifest instead
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
+JPEG = b"\xff\xd8\xff"  # its first bytes
+MAX_SCANS, MAX_SEGMENTS = 500, 1 << 16  # of a JPEG of any size; real ones have some dozens
+# What has a length, or is the end (D9): no byte 0xFF of a scan, no restart in it, no fill byte.
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 _DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
 
@@ -25,18 +36,24 @@ class RejectedError(Exception):
     """This file cannot become a record; the message is the reason for the manifest."""
 
 
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, its offset) of a JPEG's segments, as decoders find them, to the end of the image or of the data."""
+    position = 2
+    for _ in range(MAX_SEGMENTS):
+        match = _MARKER.search(data, position)  # garbage between segments is passed over, as decoders do
+        if match is None or (position := match.start()) + 4 > len(data):
+            return
+        yield data[position + 1], position
+        if data[position + 1] == 0xD9:
+            return
+        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    raise RejectedError(f"more than {MAX_SEGMENTS:,} segments in a JPEG")
+
+
 def _jpeg_header(data: bytes) -> tuple[int, int, int]:
     """(width, height, offset of the first scan) from the frame header of a JPEG (ITU-T T.81, annex B)."""
     width = height = 0
-    position = 2
-    while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            position += 1  # garbage between segments, which decoders skip too
-            continue
-        marker = data[position + 1]
-        if marker in (0x00, 0xFF, 0x01) or 0xD0 <= marker <= 0xD8:  # fill byte or a marker without a length
-            position += 1 if marker in (0x00, 0xFF) else 2
-            continue
+    for marker, position in _segments(data):
         if marker == 0xD9:
             break
         if marker == 0xDA:
@@ -45,10 +62,16 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int]:
             return width, height, position
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if position + 9 > len(data):
-                break
+                raise RejectedError("truncated JPEG")
             height, width = struct.unpack_from(">HH", data, position + 5)
-        position += 2 + struct.unpack_from(">H", data, position + 2)[0]
-    raise RejectedError("truncated JPEG" if position + 4 > len(data) else "damaged JPEG header")
+    else:
+        raise RejectedError("truncated JPEG")
+    raise RejectedError("damaged JPEG header")
+
+
+def scans(data: bytes) -> int:
+    """How many scans a decoder goes through in a JPEG: thumbnails and what follows the end do not count."""
+    return sum(marker == 0xDA for marker, _ in _segments(data))
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
@@ -61,7 +84,7 @@ def dimensions(data: bytes) -> tuple[int, int]:
     if not data:
         raise RejectedError("empty file")
     try:
-        if data.startswith(b"\xff\xd8\xff"):
+        if data.startswith(JPEG):
             width, height, scan = _jpeg_header(data)
             # Inside a scan 0xFF is followed by 0x00 or a restart marker: FFD9 is the end of the image, and
             # what follows is harmless (cameras and servers do append things).
@@ -109,8 +132,16 @@ def prepare_bgr(data: bytes, size: int = 256) -> np.ndarray:
     width, height = dimensions(data)
     if width <= 0 or height <= 0:
         raise RejectedError("no pixels in it")
-    if width * height > MAX_PIXELS:
-        raise RejectedError(f"{width}x{height} pixels, more than the limit of {MAX_PIXELS:,}")
+    limit = MAX_WEBP_PIXELS if data.startswith(b"RIFF") else MAX_PIXELS
+    if width * height > limit:
+        raise RejectedError(f"{width}x{height} pixels, more than the limit of {limit:,}")
+    if data.startswith(JPEG):
+        count = scans(data)
+        if count > MAX_SCANS or count * width * height > MAX_SCANNED_PIXELS:
+            raise RejectedError(
+                f"{count:,} scans of {width}x{height} pixels, more than the limit of {MAX_SCANS} scans "
+                f"or {MAX_SCANNED_PIXELS:,} pixels in all"
+            )
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE)
     except cv2.error as error:

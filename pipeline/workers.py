@@ -19,9 +19,9 @@ from typing import Any
 
 from pipeline import DataError
 
-# Processor time, so that a busy machine or a slow disk is not taken for a decoder that hangs. A JPEG of as many
-# pixels as prepare.py lets through takes about three seconds.
-SECONDS_AN_ITEM = 5.0
+# The last resort, for a decoder that hangs: what prepare.py lets through takes less than five. Processor time, so
+# that a busy machine or a slow disk is not taken for one.
+SECONDS_AN_ITEM = 20.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 Report = Callable[[int], None]  # a job calls it with the position of the item that it starts

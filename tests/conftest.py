@@ -1,5 +1,6 @@
 """Real photographs (they come inside the scikit-image wheel) and a tiny data set made of them."""
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+import pipeline.readers
 from pipeline.build import Options, build_split
 from pipeline.raw import open_source
 
@@ -54,6 +56,12 @@ def dataset(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         source = open_source(class_folders / split, split)
         build_split(source, data, Options(images_per_shard=32), workers=2)
     return data
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_reader_ends_the_tests() -> None:
+    """A trainer that waits for a dead reader ends itself; here pytest's own time limit does."""
+    pipeline.readers.PATIENCE = math.inf
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

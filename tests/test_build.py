@@ -22,15 +22,12 @@ from pipeline.prepare import prepare
 from pipeline.raw import open_source
 from pipeline.shards import Manifest, ShardReader
 from tools.build_lmdb import main as build
+from tools.faults import _tree
 from tools.verify_lmdb import main as verify
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = Options(size=64, images_per_shard=8)
 CRASH = b"this file takes the whole process down"
-
-
-def _tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

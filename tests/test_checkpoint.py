@@ -85,3 +85,15 @@ def test_missing_checkpoints_are_named(tmp_path):
         find(tmp_path)
     with pytest.raises(ModelError, match="cannot be read"):
         load(tmp_path / "nothing.pt")
+
+
+def test_only_a_run_that_goes_on_is_told_how(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(STATE, best=True)
+    path.write_bytes(b"damaged")
+    with pytest.raises(
+        ModelError, match=r"is damaged .*: go on from the one before with --resume --fall-back"
+    ):
+        checkpoints.newest()
+    with pytest.raises(ModelError, match=r"best\.pt is damaged \([^)]*\)$"):
+        load(find(tmp_path))

@@ -1,7 +1,9 @@
 """CIFAR's archives, rebuilt here byte for byte in both official forms; small images through shards and loader."""
 
+import gzip
 import io
 import pickle
+import random
 import subprocess
 import sys
 import tarfile
@@ -12,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from model.parallel import Ranks
-from pipeline import DataError
+from pipeline import DataError, cifar
 from pipeline.cifar import unpack
 from pipeline.loader import Preprocess, eval_loader, train_loader
 from pipeline.plan import Plan
@@ -138,6 +140,140 @@ def test_hostile_and_damaged_archives_are_refused(batches, tmp_path):
         unpack(short, tmp_path / "short")
     with pytest.raises(DataError, match="damaged"):
         unpack(archive(tmp_path / "cifar-10-none.tar.gz", {"readme.html": b""}), tmp_path / "none")
+
+
+def build(source, out, *more):
+    arguments = [str(source), str(out), "--size", "32", "--encoding", "png", "--workers", "1", *more]
+    return CliRunner().invoke(build_lmdb.main, arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["/abs/olute", "../up", "a/b", "..", ".", ".hidden", "nul\0", "two\nlines", ""]
+)
+def test_a_class_name_that_is_no_folders_name_is_refused(batches, tmp_path, name):
+    images, labels = batches[0]
+    content = pickle.dumps({"data": planes(images), "labels": labels.tolist()})
+    meta = pickle.dumps({"label_names": ["bird", name.replace("/abs", str(tmp_path)), "cat"]})
+    files = {"batches.meta": meta, "data_batch_1": content, "test_batch": content}
+    with pytest.raises(DataError, match="cannot be the name of a class"):
+        unpack(archive(tmp_path / "cifar-10-x.tar.gz", files), tmp_path / "a/b/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-x.tar.gz"]
+
+
+def test_every_changed_bit_and_every_cut_is_refused(batches, tmp_path):
+    source = binary_version(tmp_path / "cifar-10-binary.tar.gz", batches)
+    good, draw = source.read_bytes(), random.Random(0)
+    damaged = [good[: draw.randrange(len(good))] for _ in range(20)]
+    # behind the head, whose time of change and name nothing depends on, to the checksum and length at the end
+    for position in [*(draw.randrange(40, len(good)) for _ in range(60)), *range(len(good) - 8, len(good))]:
+        damaged.append(
+            good[:position] + bytes([good[position] ^ 1 << draw.randrange(8)]) + good[position + 1 :]
+        )
+    unpack(source, tmp_path / "whole")
+    for content in damaged:
+        source.write_bytes(content)
+        with pytest.raises(DataError, match=r"damaged.*: fetch it again") as error:
+            unpack(source, tmp_path / "out")
+        assert "\n" not in error.value.message
+    assert not (tmp_path / "out").exists()
+    done = build(source, tmp_path / "out")  # by the command too
+    assert done.exit_code == 1 and "damaged" in done.output and not (tmp_path / "out").exists()
+
+
+def test_an_archive_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar, "MAX_BYTES", 1 << 20)
+    bomb = tmp_path / "cifar-10-bomb.tar.gz"
+    bomb.write_bytes(gzip.compress(bytes(1 << 24)))
+    with pytest.raises(DataError, match="more than 1,048,576 bytes"):
+        unpack(bomb, tmp_path / "out")
+    sparse = tmp_path / "cifar-10-sparse.tar"
+    with tarfile.open(sparse, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("batches.meta.txt")
+        member.pax_headers = {
+            "GNU.sparse.major": "0",
+            "GNU.sparse.minor": "1",
+            "GNU.sparse.map": "0,0",
+            "GNU.sparse.size": str(1 << 50),
+            "GNU.sparse.numblocks": "1",
+        }
+        tar.addfile(member)
+    with pytest.raises(DataError, match="damaged"):
+        unpack(sparse, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        pickle.dumps([1]),
+        pickle.dumps({"label_names": 3}),
+        pickle.dumps({"label_names": ["a", "a", "b"]}),
+        pickle.dumps({"label_names": [b"\xff", "b", "c"]}, 2),
+        b"\x80\x02]q\x00K\x01a",
+        b"cnumpy.f2py.__main__\ndtype\n.",
+        b"cnumpy.nothere\ndtype\n.",
+        b"cnumpy.char\nndarray\n.",
+        b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
+        b"cnumpy\nndarray\n(L1000000000000000L\ntR.",
+    ],
+)
+def test_whatever_the_unpickler_meets_is_one_line(batches, tmp_path, meta):
+    images, labels = batches[0]
+    content = pickle.dumps({"data": planes(images), "labels": labels.tolist()})
+    files = {"batches.meta": meta, "data_batch_1": content, "test_batch": content}
+    before = set(sys.modules)
+    done = build(archive(tmp_path / "cifar-10-x.tar.gz", files), tmp_path / "out")
+    assert done.exit_code == 1 and done.output.count("Error: ") == 1, done.exception
+    assert "fetch it again" in done.output
+    assert not {name for name in set(sys.modules) - before if name.startswith("numpy.f2py")}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("labels", [0, 1, -1]),
+        ("labels", [0, 1, 3]),
+        ("labels", [0, 1]),
+        ("labels", [0, 1, 1.5]),
+        ("data", np.zeros((3, 3072))),
+        ("data", np.zeros((3, 3071), np.uint8)),
+        ("data", [[0] * 3072] * 3),
+    ],
+)
+def test_labels_and_images_are_what_they_should_be(tmp_path, key, value):
+    batch = {"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 2]}
+    files = {"batches.meta": pickle.dumps({"label_names": NAMES}), "test_batch": pickle.dumps(batch)}
+    good = archive(tmp_path / "cifar-10-good.tar.gz", {**files, "data_batch_1": pickle.dumps(batch)})
+    unpack(good, tmp_path / "good")
+    files["data_batch_1"] = pickle.dumps({**batch, key: value})
+    with pytest.raises(DataError, match="damaged"):
+        unpack(archive(tmp_path / "cifar-10-bad.tar.gz", files), tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_ctrl_c_while_unpacking_is_interrupted_like_a_build(batches, tmp_path, monkeypatch):
+    source, out = binary_version(tmp_path / "cifar-10-binary.tar.gz", batches), tmp_path / "out"
+    write = cifar._write
+
+    def interrupted(*arguments):
+        write(*arguments)
+        assert (out / cifar.UNPACKED / "train/bird").is_dir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar, "_write", interrupted)
+        done = build(source, out)
+    assert done.exit_code == 130 and "continue with --resume" in done.output
+    assert list(out.iterdir()) == []
+    # what a kill leaves is replaced, not built
+    (out / cifar.UNPACKED / "train/zebra").mkdir(parents=True)
+    (out / cifar.UNPACKED / "train/zebra/0.png").write_bytes(b"left")
+    busy = pytest.raises(DataError, match="another build is at work")
+    with cifar.unpacked(source, out), busy, cifar.unpacked(source, out):
+        pass
+    (out / cifar.UNPACKED / "train/zebra").mkdir(parents=True)
+    assert build(source, out, "--resume").exit_code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["train", "val"]
+    assert [c["wnid"] for c in ShardReader(out / "train").manifest.classes] == NAMES
 
 
 def test_the_papers_network_trains_on_small_images_with_a_stride_of_1(batches, tmp_path):

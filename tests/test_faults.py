@@ -1,4 +1,4 @@
-"""The short form of `make faults`: the same faults, fewer of them; and what injecting them has found."""
+"""The short form of `make faults` (tests/test_train.py has its `signals`); and what injecting faults has found."""
 
 import multiprocessing
 import os
@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +38,7 @@ ROOT = Path(__file__).parent.parent
         ("full-disk", 1),
         ("checkpoints", 100),
         ("build-kills", 6),
+        ("full-disk-build", 1),
         ("hostile-images", 60),
         ("hostile-tars", 200),
         ("flips", 20),
@@ -59,6 +59,41 @@ def test_a_lost_promise_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(faults.SCENARIOS, "checkpoints", (lose, 5))
     result = CliRunner().invoke(faults.main, ["--only", "checkpoints"])
     assert result.exit_code == 1 and "FAILED: one image" in result.output
+
+
+@pytest.mark.parametrize("error", [faults.Lost, KeyboardInterrupt])
+def test_no_process_outlives_its_scenario(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def fail(work, tries, draw, tick):  # type: ignore[no-untyped-def]
+        # the second process is a child of the first, which ends before it
+        code = f"import subprocess as s; s.Popen(['sleep', '300']); open({str(tmp_path / 'begun')!r}, 'w')"
+        for more in ("; input()", "; import time; time.sleep(300)"):
+            started.append(faults.Command(["-c", code + more]))
+            started[-1].until((tmp_path / "begun").exists)
+            (tmp_path / "begun").unlink()
+        assert started[0].wait() and len(faults._session(started[0].process.pid)) == 1
+        tick(2)
+        raise error("one")
+
+    monkeypatch.setitem(faults.SCENARIOS, "checkpoints", (fail, 5))
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            faults.inject("checkpoints")
+    else:
+        assert faults.inject("checkpoints").passed == 2
+    assert len(started) == 2 and not faults.COMMANDS
+    assert not [pid for command in started for pid in faults._session(command.process.pid)]
+
+
+def test_a_command_that_does_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "LIMIT", 0.5)
+    command = faults.Command(["-c", "import time; time.sleep(300)"])
+    with pytest.raises(faults.Lost, match="nothing happened"):
+        command.until(lambda: False)
+    assert command.process.returncode == -signal.SIGKILL and not faults.COMMANDS
 
 
 # --- readers -----------------------------------------------------------------------------------------------
@@ -97,11 +132,13 @@ def test_a_dead_reader_is_an_error_at_the_next_batch(dataset: Path) -> None:
     mine = set(multiprocessing.active_children()) - others
     assert len(mine) == 2
     os.kill(next(iter(mine)).pid or 0, signal.SIGBUS)
-    time.sleep(0.5)
+    assert loader._watch._died.wait(60)
     with pytest.raises(DataError, match=r"SIGBUS: /dev/shm is too small \(docker run --shm-size"):
         next(loader)
     loader.close()
-    assert not any(process.is_alive() for process in mine)
+    for process in mine:
+        process.join(30)
+        assert not process.is_alive()
 
 
 def test_what_killed_a_reader_is_said() -> None:
@@ -217,6 +254,9 @@ def test_images_that_change_during_a_build_are_noticed(
         build_split(open_source(folder, "val"), tmp_path / "out", options, workers=2, resume=True)
     build_split(open_source(folder, "val"), tmp_path / "out", options, workers=2, overwrite=True)
     assert Manifest.load(tmp_path / "out/val").count == 24
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="already exists"):
+        patch.setattr(pipeline.build, "_stamp", lambda _: pytest.fail("a million images were looked at"))
+        build_split(open_source(folder, "val"), tmp_path / "out", options, workers=2)
 
 
 def test_overwriting_survives_a_kill_at_each_of_its_steps(class_folders: Path, tmp_path: Path) -> None:

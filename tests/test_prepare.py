@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.prepare import MAX_PIXELS, RejectedError, Statistics, decode, dimensions, encode, prepare
+import pipeline.prepare
+from pipeline.prepare import MAX_PIXELS, RejectedError, Statistics, decode, dimensions, encode, prepare, scans
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,11 @@ def _png_bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+def _webp(width: int, height: int) -> bytes:
+    header = struct.pack("<BI", 0x2F, width - 1 | height - 1 << 14)
+    return b"RIFF" + struct.pack("<I", 12 + len(header)) + b"WEBPVP8L" + struct.pack("<I", 5) + header + b"\0"
+
+
 def test_what_is_no_image_is_rejected_with_the_reason(photo: Image.Image) -> None:
     jpeg, png = _file(photo, "JPEG"), _file(photo, "PNG")
     huge = jpeg.replace(struct.pack(">HH", 512, 512), struct.pack(">HH", 65500, 65500), 1)
@@ -172,12 +180,64 @@ def test_what_is_no_image_is_rejected_with_the_reason(photo: Image.Image) -> Non
         (_png_bomb(0, 10), "no pixels"),
         (_png_bomb(100, 100), "damaged"),
         (huge, "65500x65500 pixels"),
+        (_webp(8193, 8193), "8193x8193 pixels, more than the limit of 67,108,864"),
+        (_webp(8192, 8192), "damaged"),
         (struct.pack("<2sIHHIIii", b"BM", 60, 0, 0, 54, 40, 1 << 20, -(1 << 20)) + bytes(40), "pixels, more"),
         (b"GIF89a\x01", "truncated header"),
     ]:
         with pytest.raises(RejectedError, match=reason):
             prepare(data)
-    assert MAX_PIXELS * 3 <= 1 << 29
+    assert MAX_PIXELS * 3 <= 1 << 28 and os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] == str(MAX_PIXELS)
+
+
+def test_the_scans_of_a_jpeg_are_counted_as_a_decoder_reads_them(photo: Image.Image) -> None:
+    small = _file(photo.resize((64, 64)), "JPEG", progressive=True)
+    plain, progressive = _file(photo, "JPEG"), _file(photo, "JPEG", progressive=True)
+    assert (scans(plain), scans(progressive)) == (1, 10)
+    # a thumbnail in a segment, restarts in the scan, another picture and a film behind the end
+    thumbnail = b"\xff\xe2" + struct.pack(">H", 2 + len(small)) + small
+    assert scans(plain[:2] + thumbnail + plain[2:] + small + b"\xff\xda\x00\x02" * 999) == 1
+    restarts = cv2.imencode(".jpg", np.asarray(photo), [cv2.IMWRITE_JPEG_RST_INTERVAL, 1])[1].tobytes()
+    assert restarts.count(b"\xff\xd7") > 99 and scans(restarts) == 1
+    # the last scan once more, and more: the decoder reads them, for the pixels change
+    again = progressive[:-2] + progressive[progressive.rindex(b"\xff\xda") : -2] * 3 + b"\xff\xd9"
+    assert scans(again) == 13
+    assert not np.array_equal(prepare(again), prepare(progressive))
+
+
+def test_more_scans_than_any_encoder_writes_are_rejected_before_they_are_decoded(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progressive = _file(photo, "JPEG", progressive=True)
+    start = progressive.rindex(b"\xff\xda")
+    scan = progressive[start:-2]
+    tiny = _file(photo.resize((8, 8)), "JPEG", progressive=True)
+    tail = tiny[tiny.rindex(b"\xff\xda") : -2]
+    segments = progressive[:2] + b"\xff\xe5\x00\x02" * 70_000 + progressive[2:]
+    # encoders write no file of 67 megapixels in the time of a test: a small one with its size changed
+    frame = progressive.index(b"\xff\xc2") + 5
+    large = progressive[:frame] + struct.pack(">HH", 8193, 8193) + progressive[frame + 4 :]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.prepare.cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+        for data, reason in [
+            (large, "^10 scans of 8193x8193 pixels"),
+            (tiny[:-2] + tail * 500 + b"\xff\xd9", "^510 scans of 8x8 pixels"),
+            (segments, "more than 65,536 segments"),
+        ]:
+            with pytest.raises(RejectedError, match=reason):
+                prepare(data)
+        monkeypatch.setattr(pipeline.prepare, "MAX_SCANNED_PIXELS", 11 * 512 * 512)
+        with pytest.raises(RejectedError, match=r"^12 scans of 512x512 pixels"):
+            prepare(progressive[:-2] + scan * 2 + b"\xff\xd9")
+    prepare(progressive[:-2] + scan + b"\xff\xd9")
+
+
+def test_headers_are_read_in_the_time_of_their_bytes() -> None:
+    for filler in (b"\0", b"\xff", b"\xff\xd8", b"\xff\x01", b"\xff\0"):
+        began = time.process_time()
+        with pytest.raises(RejectedError, match="truncated JPEG"):
+            prepare(b"\xff\xd8\xff" + filler * ((1 << 24) // len(filler)))
+        assert time.process_time() - began < 1  # 16 MiB; byte by byte in Python takes more
 
 
 @settings(max_examples=300, deadline=None)

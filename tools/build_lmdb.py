@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from pipeline import DataError
 from pipeline.build import MAX_IMAGES_PER_SHARD, Options, Summary, build_split
-from pipeline.cifar import is_archive, unpack
+from pipeline.cifar import is_archive, unpacked
 from pipeline.raw import find_splits, open_source
 from pipeline.shards import ENCODINGS, MANIFEST, Manifest
 
@@ -121,15 +120,13 @@ def main(
                 "--scheduler takes class folders or tars: the workers cannot see what is unpacked here"
             )
         source, out = source.absolute(), out.absolute()
-    images_folder = tempfile.TemporaryDirectory() if is_archive(source) else None  # gone with the command
-    if images_folder:
-        click.echo(f"unpacking {source}", err=True)
-        unpack(source, Path(images_folder.name))
-        source = Path(images_folder.name)
-    splits = find_splits(source, split)
-    if labels and len(splits) > 1:
-        raise click.UsageError("--labels is for one split: give --split train or --split val as well")
     try:
+        if is_archive(source):
+            click.echo(f"unpacking {source}", err=True)
+            source = click.get_current_context().with_resource(unpacked(source, out))
+        splits = find_splits(source, split)
+        if labels and len(splits) > 1:
+            raise click.UsageError("--labels is for one split: give --split train or --split val as well")
         make_pool = click.get_current_context().with_resource(_pools(scheduler, source, out))
         for name, path in splits.items():
             with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:

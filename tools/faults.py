@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pipeline import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_MEMORY = Path("/dev/shm")
+FILLER = "filler"  # a file there that takes what is free
 LIMIT = 120.0  # seconds that a command may take before it counts as hanging
 TRAIN_IMAGES, VAL_IMAGES, BATCH, EPOCHS = 24, 8, 8, 2  # images a class, two classes: 6 steps an epoch
 STEPS_PER_EPOCH = 2 * TRAIN_IMAGES // BATCH
@@ -71,7 +73,10 @@ class Result:
     note: str
 
 
-Progress = Callable[[], object]  # told after each try
+Progress = Callable[
+    ..., object
+]  # told after each try, or how many tries, once they have been found to be well
+COMMANDS: list[Command] = []  # of the scenario at work, all that may still have processes
 
 
 # --- commands, and what they leave behind ------------------------------------------------------------------
@@ -81,14 +86,16 @@ class Command:
     """One of the program's commands as a process in a session of its own."""
 
     def __init__(self, arguments: list[object], before: list[str] | None = None) -> None:
-        """`before`: what is put in front of the interpreter."""
+        """`before`: what is put in front of the interpreter. `inject` ends what is left of it."""
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
         self.shared: set[str] = set()  # names in /dev/shm that its processes have used
+        self.private: int | None = None  # descriptor of a /dev/shm of its own
         self._looked = 0.0
         call = [*(before or []), sys.executable, *map(str, arguments)]
         self.process = subprocess.Popen(
             call, stdout=self.said, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
         )
+        COMMANDS.append(self)
 
     def running(self) -> bool:
         if time.monotonic() - self._looked > 0.2:
@@ -121,22 +128,64 @@ class Command:
             if time.monotonic() > deadline:
                 self.end()
                 raise Lost(f"hung for {seconds:.0f} s: {self.text()[-200:]!r}")
+        if self.private is None and not _session(self.process.pid):
+            self._over()
         return int(self.process.returncode)
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Return when it is true or the command is over; Lost when neither happens."""
+        deadline = time.monotonic() + LIMIT
+        while self.running() and not condition():
+            if time.monotonic() > deadline:
+                self.end()
+                raise Lost(f"nothing happened for {LIMIT:.0f} s: {self.text()[-200:]!r}")
+            time.sleep(0.005)
+
+    def hold_private(self) -> None:
+        """Keep hold of the /dev/shm that it has mounted for itself, to look into when it is over."""
+        own = Path(f"/proc/{self.process.pid}/root{SHARED_MEMORY}")
+
+        def mounted() -> bool:
+            with contextlib.suppress(OSError):
+                if own.stat().st_dev != SHARED_MEMORY.stat().st_dev:
+                    self.private = os.open(own, os.O_RDONLY)
+            return self.private is not None
+
+        self.until(mounted)
+        if self.private is None:
+            raise Lost(f"over before its /dev/shm was mounted: {self.text()[-300:]!r}")
 
     def end(self) -> None:
         """No process of the session is left; only for the end of a failed try."""
-        for pid in _session(self.process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        # one may start another meanwhile
+        while (pids := _session(self.process.pid)) and time.monotonic() < deadline:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
         self.process.wait()
+        self._over()
+
+    def _over(self) -> None:
+        """Its processes are gone; the number of its session may become another's."""
+        if self in COMMANDS:
+            COMMANDS.remove(self)
+        if self.private is not None:
+            os.close(self.private)
+            self.private = None
 
     def check_nothing_left(self, patience: float = 10) -> None:
         """Lost if processes of the session or its shared memory outlive the command."""
         deadline = time.monotonic() + patience
         while True:
             processes = _session(self.process.pid)
-            files = {name for name in self.shared if (SHARED_MEMORY / name).exists()}
+            if self.private is not None:
+                files = set(os.listdir(self.private)) - {FILLER}  # noqa: PTH208 - by descriptor
+            else:
+                files = {name for name in self.shared if (SHARED_MEMORY / name).exists()}
             if not processes and not files:
+                self._over()
                 return
             if time.monotonic() > deadline:
                 self.end()
@@ -220,7 +269,9 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def _remount(folder: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+    done = subprocess.run(["mount", "-o", f"remount,{options}", folder], capture_output=True, text=True)
+    if done.returncode:
+        raise Skipped(f"a small disk cannot be changed here ({done.stderr.strip()})")
 
 
 # --- images ------------------------------------------------------------------------------------------------
@@ -283,11 +334,11 @@ def train_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> 
                 if not finished:
                     kills += 1
                     where[kind] = where.get(kind, 0) + 1
-                    tick()
             difference = _difference(_outcome(out), wanted)
             if difference:
                 raise Lost(f"after {kills} kills the run differs in {difference}")
             passed += kills
+            tick(kills)
         finally:
             shutil.rmtree(out, ignore_errors=True)
         done += kills
@@ -312,7 +363,7 @@ def _killed(data: Path, out: Path, kind: str, life: float, draw: random.Random) 
                 if skip == 0:
                     break
                 skip -= 1
-                while list(out.glob(".*.pt.tmp")):
+                while list(out.glob(".*.pt.tmp")) and command.running() and time.monotonic() < deadline:
                     time.sleep(0.001)
             if kind == "in validation" and _validating(out):
                 break
@@ -345,6 +396,7 @@ def _train_to_end(data: Path, out: Path, *more: object) -> None:
     command = Command(["train.py", "--data", data, "--out", out, *TRAIN, *more])
     if command.wait():
         raise Lost(f"training failed: {command.text()[-300:]!r}")
+    command.check_nothing_left()
 
 
 def _outcome(run: Path) -> dict[str, Any]:
@@ -387,22 +439,14 @@ def signals(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
     _train_to_end(data, whole)
     wanted, passed = _outcome(whole), 0
     for number in range(tries):
-        out, resumed = work / f"signal-{number}", False
-        while True:
-            more = ["--resume"] if resumed else []
-            command = Command(["train.py", "--data", data, "--out", out, *TRAIN, *more])
-            lines = 1 + draw.randrange(2 * STEPS_PER_EPOCH)
-            while command.running() and not resumed and _lines(out / "log.jsonl") < lines:
-                time.sleep(0.005)
-            if not resumed and command.running():
-                os.kill(command.process.pid, (signal.SIGTERM, signal.SIGINT)[number % 2])
-            code = command.wait()
-            command.check_nothing_left()
-            if code == 0:
+        out, which = work / f"signal-{number}", (signal.SIGTERM, signal.SIGINT)[number % 2]
+        for _ in range(10):
+            if _stopped(data, out, which, 1 + draw.randrange(2 * STEPS_PER_EPOCH)):
                 break
-            if code != 75:
-                raise Lost(f"exit code {code}: {command.text()[-300:]!r}")
-            resumed = True
+            shutil.rmtree(out)
+        else:
+            raise Lost("ten runs came to their end before a signal stopped one")
+        _train_to_end(data, out, "--resume")
         if difference := _difference(_outcome(out), wanted):
             raise Lost(f"the resumed run differs in {difference}")
         shutil.rmtree(out)
@@ -411,8 +455,23 @@ def signals(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
     return passed, "exit code 75"
 
 
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def _stopped(data: Path, out: Path, which: signal.Signals, lines: int) -> bool:
+    """Send a run a signal when its log has so many lines; False when it came to its end all the same."""
+    command = Command(["train.py", "--data", data, "--out", out, *TRAIN])
+    command.until(partial(_logged, out, lines))
+    if command.running():
+        os.kill(command.process.pid, which)
+    code = command.wait()
+    command.check_nothing_left()
+    if code not in (0, 75):
+        raise Lost(f"exit code {code}: {command.text()[-300:]!r}")
+    return code == 75
+
+
+def _logged(out: Path, lines: int) -> bool:
+    """Whether a run's log has so many lines."""
+    log = out / "log.jsonl"
+    return log.exists() and log.read_bytes().count(b"\n") >= lines
 
 
 def readers(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
@@ -423,8 +482,7 @@ def readers(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
         out = work / f"readers-{number}"
         kind = [("--workers", 1), ("--cpu-ranks", 2), ("--workers", 2)][number % 3]
         command = Command(["train.py", "--data", data, "--out", out, *TRAIN, "--epochs", 50, *kind])
-        while command.running() and _lines(out / "log.jsonl") < 2:
-            time.sleep(0.005)
+        command.until(partial(_logged, out, 2))
         time.sleep(draw.uniform(0, 1))
         killed = time.monotonic()
         os.kill(draw.choice(_readers(command)), signal.SIGKILL)
@@ -472,11 +530,11 @@ def shared_memory(work: Path, tries: int, draw: random.Random, tick: Progress) -
         command = Command(
             ["train.py", "--data", data, "--out", out, *TRAIN, "--epochs", 50, "--workers", 1], mount
         )
-        while fill and command.running() and _lines(out / "log.jsonl") < 2:
-            time.sleep(0.005)
+        command.hold_private()
         if fill:
+            command.until(partial(_logged, out, 2))
             # as the namespace sees it; whatever DALI's memory grows into next is not there any more
-            _fill(Path(f"/proc/{command.process.pid}/root/dev/shm/filler"))
+            _fill(Path(f"/proc/{command.process.pid}/root{SHARED_MEMORY}/{FILLER}"))
             deadline = time.monotonic() + 20
             while command.running() and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -598,7 +656,6 @@ def build_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> 
                 raise Lost(f"exit code {code}: {command.text()[-300:]!r}")
             kills += 1
             at_calls += systematic
-            tick()
             # killed before it had begun, an --overwrite has nothing to resume and has to be said again
             begun = (out / "train.partial").exists() or not over
             more = ["--resume"] if begun or _tree(out / "train") == wanted else ["--overwrite"]
@@ -609,6 +666,7 @@ def build_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> 
         shutil.rmtree(out)
         done += kills
         passed += kills
+        tick(kills)
     return passed, f"{at_calls} at a sync, rename or removal"
 
 
@@ -616,6 +674,7 @@ def _build(source: Path, out: Path, *more: object) -> str:
     command = Command(["tools/build_lmdb.py", source, out, *BUILD, *more])
     if command.wait(600):
         raise Lost(f"the build failed: {command.text()[-300:]!r}")
+    command.check_nothing_left()
     return command.text()
 
 
@@ -654,12 +713,13 @@ def hostile_images(
     work: Path, tries: int, draw: random.Random, tick: Progress, corpora: tuple[Path, ...] = ()
 ) -> tuple[int, str]:
     """Damaged and malicious files given to a build: each is accepted or rejected, and the data set is sound."""
+    from pipeline.workers import SECONDS_AN_ITEM
+
     seeds = [path for corpus in corpora for path in sorted(corpus.rglob("*")) if path.is_file()]
     inputs = work / "hostile/train/x"
     inputs.mkdir(parents=True)
     for number, content in enumerate(_hostile(seeds, draw, tries)):
         (inputs / f"{number:06d}").write_bytes(content)
-        tick()
     out = work / "hostile-out"
     command = Command(["tools/build_lmdb.py", inputs.parent, out, *BUILD[:4], "--workers", 2])
     peak, deadline = 0, time.monotonic() + 300 + tries
@@ -676,13 +736,14 @@ def hostile_images(
     check = Command(["tools/verify_lmdb.py", out])
     if check.wait(600):
         raise Lost(f"the data set is damaged: {check.text()[-300:]!r}")
+    tick(tries)
     manifest = json.loads((out / "train/manifest.json").read_text())
     reasons = [entry["reason"] for entry in manifest["rejected"]]
     crashed = sum(reason == "crashed the decoder" for reason in reasons)
     slow = sum(reason.startswith("takes more") for reason in reasons)
     return seen, (
-        f"{accepted:,} accepted, {rejected:,} rejected ({slow} over 5 s, {crashed} crashed a worker); "
-        f"at most {peak >> 20:,} MiB a process"
+        f"{accepted:,} accepted, {rejected:,} rejected ({slow} over {SECONDS_AN_ITEM:.0f} s, "
+        f"{crashed} crashed a worker); at most {peak >> 20:,} MiB a process"
     )
 
 
@@ -768,16 +829,16 @@ def _crafted(draw: random.Random) -> list[bytes]:
     scan = jpeg.index(b"\xff\xda")
     claims = [
         jpeg[: frame + 5] + struct.pack(">HH", height, width) + jpeg[frame + 9 :]
-        for height, width in ((65500, 65500), (13000, 13700), (1, 65500), (0, 0))
+        for height, width in ((65500, 65500), (9400, 9500), (1, 65500), (0, 0))
     ]
-    # the same scans again and again over many pixels: minutes of work in 600 kB
+    # the same scans again and again over as many pixels as are let through: minutes of work in 600 kB
     scans = jpeg[scan:-2]
     bomb = claims[1][:scan] + scans * (600_000 // len(scans)) + b"\xff\xd9"
     return [
         b"",
         png(0xFFFF_FFFF, 0xFFFF_FFFF, zeros),
         png(60_000, 60_000, zeros),
-        png(13_000, 13_000, zlib.compress(bytes(13_000 * (3 * 13_000 + 1)), 9)),
+        png(9_400, 9_400, zlib.compress(bytes(9_400 * (3 * 9_400 + 1)), 9)),
         png(10, 10, zeros),
         png(10, 10, zlib.compress(bytes(310)), text_chunk),
         *claims,
@@ -919,6 +980,9 @@ def inject(name: str, tries: int | None = None, seed: int = 0, corpora: tuple[Pa
             passed, note = int(bar.n), f"FAILED: {lost}"
         except Skipped as skipped:
             passed, tries, note = 0, 0, f"skipped: {skipped}"
+        finally:
+            for command in list(COMMANDS):
+                command.end()
     return Result(name, tries, min(passed, tries - note.startswith("FAILED")), time.monotonic() - began, note)
 
 
