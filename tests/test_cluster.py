@@ -393,7 +393,7 @@ def test_a_file_system_without_locks_is_refused(
 
 
 def test_workers_with_several_threads_are_refused(class_folders: Path, tmp_path: Path) -> None:
-    where = {"protocol": "tcp", "host": "127.0.0.1", "dashboard_address": None}
+    where = {"protocol": "tcp", "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
     wanted = r"has 2 threads: start it with `--nthreads 1`"
     with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, **where) as local:
         with pytest.raises(DataError, match=r"the worker tcp://\S+ " + wanted):
