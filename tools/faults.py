@@ -1002,6 +1002,7 @@ def main(only: tuple[str, ...], tries: int | None, corpora: tuple[Path, ...], se
     Kills, signals, full disks, damaged files, hostile images. Everything happens in temporary folders. Small
     disks are mounted and /dev/shm is replaced where that is permitted (root), else those scenarios are skipped.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the processes and the disks
     click.echo(f"{'scenario':16} {'tries':>7} {'passed':>7} {'seconds':>8}  ")
     failed = False
     for name in only or SCENARIOS:
