@@ -25,8 +25,8 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # refused files are listed 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
-JPEG = b"\xff\xd8\xff"  # its first bytes
-MAX_SCANS, MAX_SEGMENTS = 500, 1 << 16  # of a JPEG of any size; real ones have some dozens
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # the first bytes
+MAX_SCANS, MAX_SEGMENTS = 500, 1 << 16  # of a JPEG of any size; real ones have some dozens (PNGs: chunks)
 # What has a length, or is the end (D9): no byte 0xFF of a scan, no restart in it, no fill byte.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 _DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
@@ -78,8 +78,8 @@ def dimensions(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels from the header alone, before any memory is spent on the pixels.
 
     Knows JPEG, PNG, GIF, BMP and WebP by their first bytes, whatever the file is called.
-    RejectedError for anything else, for a header cut short, and for a JPEG without an end: decoders fill
-    the missing part with grey.
+    RejectedError for anything else, for a header cut short, for a JPEG without an end (decoders fill the
+    missing part with grey), and for a PNG with a chunk longer than the file (OpenCV makes room for what it claims).
     """
     if not data:
         raise RejectedError("empty file")
@@ -91,7 +91,8 @@ def dimensions(data: bytes) -> tuple[int, int]:
             if data.rfind(b"\xff\xd9", scan) < 0:
                 raise RejectedError("truncated JPEG")
             return width, height
-        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if data.startswith(PNG):
+            _check_png_chunks(data)
             width, height = struct.unpack_from(">II", data, 16)
         elif data.startswith((b"GIF87a", b"GIF89a")):
             width, height = struct.unpack_from("<HH", data, 6)
@@ -105,6 +106,19 @@ def dimensions(data: bytes) -> tuple[int, int]:
     except struct.error:
         raise RejectedError("truncated header") from None
     return width, height
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """RejectedError unless the chunks up to IEND all lie within the data (PNG specification, section 5.3)."""
+    position = len(PNG)
+    for _ in range(MAX_SEGMENTS):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        position += 12 + length
+        if position > len(data):
+            raise RejectedError("truncated PNG")
+        if kind == b"IEND":
+            return
+    raise RejectedError(f"more than {MAX_SEGMENTS:,} chunks in a PNG")
 
 
 def _webp_dimensions(data: bytes) -> tuple[int, int]:

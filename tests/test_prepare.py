@@ -174,8 +174,14 @@ def test_what_is_no_image_is_rejected_with_the_reason(photo: Image.Image) -> Non
         (jpeg[:30], "truncated JPEG"),
         (jpeg[:4], "truncated JPEG"),
         (_file(photo, "JPEG", progressive=True)[:20000], "truncated JPEG"),
-        (png[: len(png) // 2], "damaged"),
-        (png[:20], "truncated header"),
+        (png[: len(png) // 2], "truncated PNG"),
+        (png[:20], "truncated PNG"),
+        (png[:-1], "truncated PNG"),
+        (
+            png[:33] + b"\xff\xff\xff\xf0" + png[37:],
+            "truncated PNG",
+        ),  # a chunk of 4 GB: no room is made for it
+        (png[:33] + (bytes(4) + b"teXt" + bytes(4)) * 70_000 + png[33:], "chunks in a PNG"),
         (_png_bomb(60000, 60000), "60000x60000 pixels"),
         (_png_bomb(0, 10), "no pixels"),
         (_png_bomb(100, 100), "damaged"),
