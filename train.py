@@ -223,6 +223,8 @@ def main(**config: Any) -> None:
         raise click.UsageError(
             "--mixup blends pairs: --global-batch has to leave each rank and part an even batch"
         )
+    if config["resume"] and not Checkpoints(config["out"]).paths():
+        Checkpoints(config["out"]).newest()  # says that there is none
     # whatever can be wrong with the data or the output is said once, before any rank starts
     for split in ("train", "val"):
         reader = ShardReader(config["data"] / split)

@@ -106,9 +106,10 @@ class Manifest:
         try:
             content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
+            split = Path(split_dir).name if Path(split_dir).name in ("train", "val") else "train|val"
             raise DataError(
                 f"no data set in {split_dir} ({MANIFEST} is missing): "
-                f"build it with `python tools/build_lmdb.py SOURCE {Path(split_dir).parent}`"
+                f"build it with `python tools/build_lmdb.py SOURCE {Path(split_dir).parent} --split {split}`"
             ) from None
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None

@@ -22,7 +22,7 @@ DEFAULT_QUALITY = 90
 SHOWN_REASONS = 5
 
 
-@click.command(context_settings={"max_content_width": 100})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False), default=Path("data/imagenet"))
 @click.option(
@@ -151,6 +151,11 @@ def main(
                     make_pool=make_pool,
                 )
             _report(summary)
+        missing = {"train": "val", "val": "train"}.get("".join(splits))
+        if missing and not (out / missing / MANIFEST).exists():
+            click.echo(
+                f"train.py needs {out / missing} too: build it from other images with --split {missing}"
+            )
     except KeyboardInterrupt:
         click.echo("\nInterrupted: continue with --resume.", err=True)
         sys.exit(130)

@@ -143,9 +143,15 @@ def main(photographs: Path | None, out: Path, train_images: int) -> None:
 def call(script: str, *arguments: object) -> None:
     """Run one of the program's own commands as a user would, and show how it is called."""
     print("$ python", shlex.join([script, *map(str, arguments)]), flush=True)
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)])
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)])
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:  # the terminal sends it to the command as well, which saves before it ends
+            continue
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pipeline.shards import MANIFEST, Manifest
 from pipeline.verify import count_duplicates, verify_split
 
 
-@click.command(context_settings={"max_content_width": 100})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("data", type=click.Path(path_type=Path), default=Path("data/imagenet"))
 @click.option(
     "--workers", type=click.IntRange(1), help="Processes that read and decode.  [default: one a core]"
