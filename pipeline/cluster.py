@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -35,7 +35,7 @@ from distributed.core import connect
 
 from pipeline import DataError
 from pipeline.shards import FORMAT_VERSION, shard_name
-from pipeline.workers import SECONDS_AN_ITEM, Crashed, Done, Report
+from pipeline.workers import SECONDS_AN_ITEM, Crashed, Done, JobQueue, Report
 
 AHEAD = 2  # jobs sent for each thread of the cluster: the scheduler never holds the lists of all images
 SECONDS_TO_CONNECT, SECONDS_FOR_WORKERS = 10, 30
@@ -129,15 +129,15 @@ class _Sent:
     place: Path
 
 
-class ClusterPool:
+class ClusterPool(JobQueue):
     """Runs `function(job, report)` on the cluster, with the methods and rules of `workers.WorkerPool`.
 
     A job has a `number` and the folder `partial` that it works in.
     """
 
     def __init__(self, client: Client, function: Callable[[Any, Report], Any], address: str) -> None:
+        super().__init__()
         self._client, self._function, self._address = client, function, address
-        self._pending: deque[tuple[int, Any]] = deque()
         self._sent: dict[int, _Sent] = {}
         self._unbegun: Counter[int] = Counter()  # how often a worker died before it came to the job
         self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -154,13 +154,6 @@ class ClusterPool:
             sent.place.unlink(missing_ok=True)  # running jobs stop when they miss it
             sent.future.release()
         self._sent.clear()
-
-    def submit(self, number: int, job: Any, first: bool = False) -> None:
-        """Queue a job under a number of the caller's choice; `first`: before all others."""
-        if first:
-            self._pending.appendleft((number, job))
-        else:
-            self._pending.append((number, job))
 
     def items_begun(self) -> int:
         """Items that the jobs now in work have begun, for a progress bar; looked up once a second."""

@@ -55,7 +55,21 @@ class _Worker:
     too_long: bool = False
 
 
-class WorkerPool:
+class JobQueue:
+    """The jobs that wait in a pool, on this machine or a cluster, under numbers of the caller's choice."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, Any]] = deque()
+
+    def submit(self, number: int, job: Any, first: bool = False) -> None:
+        """Queue a job; `first`: before all others."""
+        if first:
+            self._pending.appendleft((number, job))
+        else:
+            self._pending.append((number, job))
+
+
+class WorkerPool(JobQueue):
     """Runs `function(job, report)` in `count` processes; a context manager that leaves no process behind.
 
     `function` must be importable and `job` and its result picklable. An exception in it ends the pool's work:
@@ -63,13 +77,13 @@ class WorkerPool:
     """
 
     def __init__(self, function: Callable[[Any, Report], Any], count: int) -> None:
+        super().__init__()
         # A fork server forks from a small process without threads, faster than `spawn` and safer than `fork`.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([function.__module__])
         self._function = function
         self._count = count
         self._workers: list[_Worker] = []
-        self._pending: deque[tuple[int, Any]] = deque()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -81,13 +95,6 @@ class WorkerPool:
             worker.process.join()
             worker.pipe.close()
         self._workers.clear()
-
-    def submit(self, number: int, job: Any, first: bool = False) -> None:
-        """Queue a job under a number of the caller's choice; `first`: before all others."""
-        if first:
-            self._pending.appendleft((number, job))
-        else:
-            self._pending.append((number, job))
 
     def items_begun(self) -> int:
         """Items that the jobs now in work have begun, for a progress bar."""
