@@ -35,7 +35,7 @@ from model.parallel import Ranks, count_gpus, launch, reduces, under_torchrun
 from pipeline import DataError
 from pipeline.loader import MEANS, Preprocess, cpu_threads, eval_loader, train_loader
 from pipeline.plan import AUGMENTATIONS, Plan
-from pipeline.shards import ShardReader
+from pipeline.shards import ShardReader, write_atomic
 
 # What --resume may change: how fast and how long. The weights' path stays but for rounding, except that batch
 # normalisation is over each rank's part of a batch, and that --epochs stretches the schedules that end with it.
@@ -553,16 +553,6 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 class StopRequest:
     """Set by SIGINT or SIGTERM; a second signal kills as usual."""
 
@@ -590,7 +580,7 @@ class Log:
         out: Path = config["out"]
         out.mkdir(parents=True, exist_ok=True)
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
-        replace_text(out / "config.json", json.dumps(plain, indent=2) + "\n")
+        write_atomic(out / "config.json", (json.dumps(plain, indent=2) + "\n").encode())
         self.jsonl_path, self.csv_path = out / "log.jsonl", out / "metrics.csv"
         self._forget_after(step)
         self.jsonl = self.jsonl_path.open("a")
@@ -629,7 +619,7 @@ class Log:
         writer.writeheader()
         writer.writerows(rows)
         for path, text in ((self.jsonl_path, "".join(kept)), (self.csv_path, table.getvalue())):
-            replace_text(path, text)
+            write_atomic(path, text.encode())
 
     def _row(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
         """The epoch's row of metrics.csv once its validation is known: last training line and validation."""

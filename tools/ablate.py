@@ -37,10 +37,10 @@ from pipeline.loader import cpu_threads
 from pipeline.shards import MANIFEST, ShardReader
 from tools.common import CONTEXT, option, write_text
 from tools.pictures import COLORS, new_figure, save
+from train import EXIT_INTERRUPTED
 from train import main as train_command
 
 ROOT = Path(__file__).parent.parent
-EXIT_INTERRUPTED = 75  # as train.py's: to be run again
 BASELINE = "baseline"
 TARGET = 0.25  # figure 1: the training error that both networks have to reach
 # options of train.py that say how a run is computed, not what
