@@ -380,7 +380,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
         "device_id": ranks.local_rank if ranks.gpu else None,
         "threads": config["decode_threads"] or cpu_threads(ranks.local_world_size),
         "workers": config["workers"],
-        "half": ranks.gpu and amp is not None,
+        "dtype": input_dtype(amp, ranks.device, config["mixup"]),
     }
     train_batches = train_loader(
         train_set, plan, preprocess, first_step=step, end_step=end_step, **loader_options | layout.place
@@ -551,6 +551,15 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "fp16" and device.type == "cpu":
         raise ModelError("--amp fp16 needs a GPU: use --amp bf16 or --amp off on the CPU")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
+
+
+def input_dtype(amp: torch.dtype | None, device: torch.device, mixup: float = 0) -> torch.dtype:
+    """Of the loader's images: float16 on a GPU (DALI knows no bfloat16), on the CPU what autocast makes of them."""
+    if amp is None:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.float16
+    return torch.float32 if mixup else amp  # what is mixed is rounded afterwards, once
 
 
 class StopRequest:

@@ -7,9 +7,8 @@
 The arithmetic is light, but torch's operators walk over memory for every term of it, which would cost four
 fifths of a training step on the CPU. Hence three backends with one result:
 
-    native    a C++ kernel for the CPU: bfloat16 and float32, channels-last, beta 0.75. The machine's compiler
-              ($CXX, c++ or g++) builds it when it is first used, in about a second; later processes load it
-              in milliseconds from $XDG_CACHE_HOME/alexnet-dali (~/.cache/alexnet-dali)
+    native    a C++ kernel for the CPU (native/lrn.cpp): bfloat16 and float32, channels-last, beta 0.75; built
+              when it is first used, in about a second
     compiled  the formula through torch.compile, which makes fused kernels of it on a GPU
     eager     the formula in torch's operators: any device, dtype and layout, no compiler
 
@@ -19,23 +18,17 @@ The environment variable ALEXNET_LRN=eager (or native, compiled), read at import
 
 import ctypes
 import functools
-import hashlib
 import math
 import os
-import shutil
-import subprocess
-import tempfile
-import uuid
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import native
 from model import ModelError
 
 BACKENDS = ("auto", "native", "compiled", "eager")
@@ -159,150 +152,6 @@ def _compiles(device: torch.device) -> bool:
 
 # --- the native kernel -------------------------------------------------------------------------------------
 
-# Both directions read the activations and compute the sum in brackets anew: cheaper than the memory traffic
-# of keeping it. Each pixel is a row of contiguous channels; a tile of rows stays in the first-level cache
-# while plain loops, which compilers turn into vector instructions, go over it.
-_SOURCE = r"""
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-namespace {
-
-constexpr int HALF = SIZE / 2;
-constexpr int TILE_VALUES = 512;
-
-// bfloat16 travels as uint16_t: the upper half of a float, rounded to nearest even.
-inline float load(float value) { return value; }
-inline float load(uint16_t half) {
-    const uint32_t bits = uint32_t(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-inline void store(float* to, float value) { *to = value; }
-inline void store(uint16_t* to, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    *to = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-inline float window_sum(const float* values) {
-    float sum = 0;
-    for (int j = 0; j < SIZE; ++j) sum += values[j];
-    return sum;
-}
-
-// s^-0.75 to float precision. Shifting the bits of a float by two divides its exponent by four, which gives y,
-// s^-0.25 within 3.2%. With e = 1 - s y^4, |e| < 0.125, s^-0.75 is exactly y^3 (1 - e)^-0.75; the last factor is
-// here the polynomial of degree 5 nearest to it.
-inline float power(float s) {
-    uint32_t bits;
-    std::memcpy(&bits, &s, sizeof bits);
-    bits = 0x4f581800 - (bits >> 2);
-    float y;
-    std::memcpy(&y, &bits, sizeof y);
-    const float y2 = y * y, e = 1 - s * (y2 * y2);
-    const float rest = 0.65617902f + e * (0.60145576f + e * (0.57610747f + e * 0.54945298f));
-    return y2 * y * (1 + e * (0.75f + e * rest));
-}
-
-// Activations near the largest float would square to infinity, where `power` has no meaning; NaN stays NaN.
-inline float scale(const float* squares, float alpha, float k) {
-    return std::min(k + alpha * window_sum(squares), 1e36f);
-}
-
-template <class T>
-void square(const T* a, float* squares, int channels) {
-    for (int c = 0; c < channels; ++c) squares[c] = load(a[c]) * load(a[c]);
-}
-
-template <class T>
-void forward(const T* x, T* y, int64_t rows, int channels, float alpha, float k, int threads) {
-    const int64_t tile = std::max(1, TILE_VALUES / channels);
-    const int padded = channels + 2 * HALF;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> squares(tile * padded);  // the padding on either side of a row stays 0
-#pragma omp for
-        for (int64_t first = 0; first < rows; first += tile) {
-            const int64_t count = std::min(tile, rows - first);
-            for (int64_t row = 0; row < count; ++row)
-                square(x + (first + row) * channels, &squares[row * padded + HALF], channels);
-            for (int64_t row = 0; row < count; ++row) {
-                const T* a = x + (first + row) * channels;
-                T* b = y + (first + row) * channels;
-                const float* q = &squares[row * padded];
-#pragma omp simd
-                for (int c = 0; c < channels; ++c) store(b + c, load(a[c]) * power(scale(q + c, alpha, k)));
-            }
-        }
-    }
-}
-
-template <class T>
-void backward(const T* x, const T* gy, T* gx, int64_t rows, int channels, float alpha, float k, int threads) {
-    const int64_t tile = std::max(1, TILE_VALUES / channels);
-    const int padded = channels + 2 * HALF;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> squares(tile * padded), shared(tile * padded), own(tile * channels);
-#pragma omp for
-        for (int64_t first = 0; first < rows; first += tile) {
-            const int64_t count = std::min(tile, rows - first);
-            for (int64_t row = 0; row < count; ++row)
-                square(x + (first + row) * channels, &squares[row * padded + HALF], channels);
-            for (int64_t row = 0; row < count; ++row) {
-                const T *a = x + (first + row) * channels, *g = gy + (first + row) * channels;
-                const float* q = &squares[row * padded];
-                float *d = &own[row * channels], *w = &shared[row * padded + HALF];
-#pragma omp simd
-                for (int c = 0; c < channels; ++c) {
-                    const float s = scale(q + c, alpha, k);
-                    const float through = load(g[c]) * power(s);
-                    d[c] = through;
-                    w[c] = through * load(a[c]) / s;
-                }
-            }
-            for (int64_t row = 0; row < count; ++row) {
-                const T* a = x + (first + row) * channels;
-                T* out = gx + (first + row) * channels;
-                const float *d = &own[row * channels], *w = &shared[row * padded];
-#pragma omp simd
-                for (int c = 0; c < channels; ++c)
-                    store(out + c, d[c] - 1.5f * alpha * load(a[c]) * window_sum(w + c));
-            }
-        }
-    }
-}
-
-}  // namespace
-
-extern "C" {
-
-void forward_float32(
-    const float* x, float* y, int64_t rows, int channels, float alpha, float k, int threads) {
-    forward(x, y, rows, channels, alpha, k, threads);
-}
-void forward_bfloat16(
-    const uint16_t* x, uint16_t* y, int64_t rows, int channels, float alpha, float k, int threads) {
-    forward(x, y, rows, channels, alpha, k, threads);
-}
-void backward_float32(
-    const float* x, const float* gy, float* gx, int64_t rows, int channels, float alpha, float k,
-    int threads) {
-    backward(x, gy, gx, rows, channels, alpha, k, threads);
-}
-void backward_bfloat16(
-    const uint16_t* x, const uint16_t* gy, uint16_t* gx, int64_t rows, int channels, float alpha, float k,
-    int threads) {
-    backward(x, gy, gx, rows, channels, alpha, k, threads);
-}
-
-}  // extern "C"
-"""
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp")
 _NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -325,35 +174,9 @@ def _kernel(x: Tensor, size: int, beta: float, backend: str) -> ctypes.CDLL | No
     return library
 
 
-@functools.cache
 def _library(size: int) -> ctypes.CDLL | None:
-    """The kernel for windows of `size` channels, built unless it is in the cache; None if that fails."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "c++"
-    flags = [*_FLAGS, f"-DSIZE={size}"]
-    try:
-        # The predefined macros tell the compiler's version and the instruction sets of this CPU, so that a
-        # home shared by unlike machines holds a library for each.
-        describe = [compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
-        macros = subprocess.run(describe, capture_output=True, check=True).stdout
-        key = hashlib.sha256(macros + " ".join(flags).encode() + _SOURCE.encode()).hexdigest()[:16]
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cached = Path(home, "alexnet-dali", f"lrn-{key}.so")
-        if cached.exists():
-            return ctypes.CDLL(str(cached))
-        with tempfile.TemporaryDirectory() as scratch:
-            built = Path(scratch, "lrn.so")
-            build = [compiler, *flags, "-x", "c++", "-", "-o", str(built)]
-            subprocess.run(build, input=_SOURCE.encode(), capture_output=True, check=True)
-            # Ranks may build at once: each moves a whole file into place. If the home cannot be written, the
-            # next process builds again.
-            with suppress(OSError):
-                cached.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(built, part := cached.with_name(uuid.uuid4().hex))
-                part.replace(cached)
-            return ctypes.CDLL(str(built))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        warnings.warn(f"LRN falls back on torch's operators, many times slower: {error}", stacklevel=2)
-        return None
+    """The kernel for windows of `size` channels; None where it cannot be built."""
+    return native.library("lrn", "LRN falls back on torch's operators, many times slower", f"SIZE={size}")
 
 
 def _run(

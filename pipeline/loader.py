@@ -2,6 +2,7 @@
 
 Order of work (paper, sections 2 and 4.1): decode, crop, mirror, add the colour shift, subtract the mean.
 Output is NHWC, handed to torch through dlpack and permuted: a channels-last (N, 3, H, W) tensor, no copy.
+On the CPU the graph ends with decoding, and one pass over the pixels does the rest (pipeline/views.py).
 https://docs.nvidia.com/deeplearning/dali/user-guide/docs/operations/nvidia.dali.fn.crop_mirror_normalize.html
 """
 
@@ -30,6 +31,7 @@ from pipeline.plan import Plan
 from pipeline.prepare import decode
 from pipeline.readers import ReaderWatch, check_shared_memory
 from pipeline.shards import Manifest, ShardReader
+from pipeline.views import Views, ten_views
 
 MEANS = ("pixel", "channel", "none")
 READ_AHEAD = 2  # batches that the reader processes are ahead: a slow read does not stall the graph
@@ -87,10 +89,12 @@ def graph(
     ten_crops: bool = False,
     half: bool = False,
     parallel: bool = True,
+    decoded: bool = False,
 ) -> Any:
     """Images (H, W, 3), or (10, H, W, 3) with `ten_crops`, float32 (float16 with `half`), and int64 labels.
 
     `device` 'gpu' decodes with nvJPEG ('mixed') and computes on the GPU. `raw` records are HWC pixels.
+    `decoded`: whole images, (size, size, 3) uint8, labels, and what the feed says of crop, flip and colour.
     """
     gpu, size, crop = device == "gpu", preprocess.size, preprocess.crop
     record, label, anchor, flip, shift = fn.external_source(
@@ -115,6 +119,9 @@ def graph(
             "preallocate_width_hint": size,
             "preallocate_height_hint": size,
         }
+
+    if decoded:
+        return record if raw else fn.decoders.image(record, **decoder), label, anchor, flip, shift
 
     per_pixel = preprocess.mean_mode == "pixel"
     channel_mean = np.zeros(3, np.float32) if per_pixel else preprocess.mean[0, 0]
@@ -147,14 +154,11 @@ def graph(
 
     if ten_crops:  # paper 4.1: the four corners and the centre, then all five mirrored
         image = (record.gpu() if gpu else record) if raw else fn.decoders.image(record, **decoder)
-        edge = size - crop
-        corners = [(0, 0), (0, edge), (edge, 0), (edge, edge), (edge // 2, edge // 2)]
         views = []
-        for mirrored in (0, 1):
-            for corner in corners:
-                at = integers(*corner)
-                patch = fn.slice(image, at, window, **absolute)
-                views.append(normalized(fn.reshape(patch, layout="HWC"), at, mirrored))
+        for corner, mirrored in zip(*ten_views(size, crop), strict=True):
+            at = integers(*corner)
+            patch = fn.slice(image, at, window, **absolute)
+            views.append(normalized(fn.reshape(patch, layout="HWC"), at, int(mirrored)))
         images = fn.stack(*views)
     else:
         if raw:
@@ -198,9 +202,11 @@ def light_readers() -> Iterator[None]:
 
 
 class Loader:
-    """Iterates over (images, labels): (N, 3, crop, crop) float32 or float16 channels-last, int64 (N,).
+    """Iterates over (images, labels): (N, 3, crop, crop) of `dtype` channels-last, int64 (N,).
 
-    With `ten_crops` images are (N, 10, 3, crop, crop). `device`: 'cpu', or 'gpu' with its `device_id`.
+    With `ten_crops` images are (N, 10, 3, crop, crop). `device`: 'cpu', or 'gpu' with its `device_id`. `dtype` is
+    float32, on a GPU also float16, on the CPU bfloat16: what autocast would make of float32, without the trip
+    through memory. `fused` False: DALI's operators on the CPU too.
     `workers` processes read the shards; 0 reads in this process. `prefetch` batches are made ahead (2 on a
     GPU, 1 on the CPU, where the batch is made when it is asked for). Batches are on `device`. Tensors stay valid
     as long as they are held. A training loader ends at its feed's end_step; an evaluation loader can be
@@ -219,12 +225,19 @@ class Loader:
         workers: int = 1,
         prefetch: int | None = None,
         ten_crops: bool = False,
-        half: bool = False,
+        dtype: torch.dtype = torch.float32,
+        fused: bool = True,
     ) -> None:
         self.feed = feed
         self.preprocess = preprocess
         self._iteration = 0
         self._device = device
+        self._dtype = dtype
+        threads = threads or cpu_threads()
+        self._views = (
+            Views.of(preprocess.mean, preprocess.crop, dtype, threads) if fused and device == "cpu" else None
+        )
+        self._ten_crops = ten_crops
         # On the CPU, decoding ahead takes cores from under the step that runs on all of them, and each waits
         # for the other: one after the other is quicker.
         depth = prefetch or (2 if device == "gpu" else 1)
@@ -236,10 +249,11 @@ class Loader:
             device,
             raw=feed.reader.manifest.encoding == "raw",
             ten_crops=ten_crops,
-            half=half,
+            half=dtype == torch.float16,
             parallel=workers > 0,
+            decoded=self._views is not None,
             batch_size=batch,
-            num_threads=threads or cpu_threads(),
+            num_threads=threads,
             device_id=device_id,
             prefetch_queue_depth=depth,
             py_num_workers=max(1, workers),
@@ -271,10 +285,12 @@ class Loader:
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             with self._watch.inside():
-                if self._device == "gpu":
-                    images, labels = self._pipe.run(torch.cuda.current_stream())
-                else:
-                    images, labels = self._pipe.run()
+                stream = [torch.cuda.current_stream()] if self._device == "gpu" else []
+                outputs = self._pipe.run(*stream)
+            # one tensor a batch: DALI refuses records that are not all of one size
+            images, labels, *numbers = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+            if self._views:
+                images = self._cut(self._views, images, *numbers)
         except StopIteration:
             with self._watch.inside():
                 self._pipe.reset()
@@ -285,8 +301,25 @@ class Loader:
         except Exception as error:  # DALI raises bare ones for what fails in a reader process
             raise self._explain(error) from error
         self._iteration += 1
-        nhwc = torch.from_dlpack(images.as_tensor())
-        return nhwc.movedim(-1, -3), torch.from_dlpack(labels.as_tensor())
+        return images.movedim(-1, -3).to(self._dtype), labels
+
+    def _cut(
+        self,
+        views: Views,
+        images: torch.Tensor,
+        anchor: torch.Tensor,
+        flip: torch.Tensor,
+        shift: torch.Tensor,
+    ) -> torch.Tensor:
+        """The views of whole images: one each as the feed says, or ten."""
+        size, crop, count = self.preprocess.size, self.preprocess.crop, len(images)
+        if images.shape[1:] != (size, size, 3):
+            raise ValueError(f"records are of {tuple(images.shape[1:])}, not {size}x{size} RGB")
+        if not self._ten_crops:
+            return views(images, anchor, flip, shift)
+        anchors, flips = (torch.from_numpy(array) for array in ten_views(size, crop))
+        ten = views(images, anchors.repeat(count, 1), flips.repeat(count), torch.zeros(10 * count, 3))
+        return ten.unflatten(0, (count, 10))
 
     def _explain(self, error: Exception) -> DataError:
         """Which record broke the batch: DALI's message names none."""

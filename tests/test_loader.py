@@ -41,14 +41,15 @@ def mean_of(dataset: Path, mode: str) -> np.ndarray:
     return np.array(manifest.channel_mean) if mode == "channel" else np.zeros(3)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("mode", MEANS)
-def test_training_batches_equal_the_paper(dataset, mode):
+def test_training_batches_equal_the_paper(dataset, mode, fused):
     reader = ShardReader(dataset / "train")
     plan = Plan(len(reader), 16, seed=5)
     preprocess = Preprocess.load(dataset / "train", 224, mode)
     mean = mean_of(dataset, mode)
     steps = plan.steps_per_epoch + 2  # over the end of an epoch
-    loader = train_loader(reader, plan, preprocess, end_step=steps, workers=0, threads=2)
+    loader = train_loader(reader, plan, preprocess, end_step=steps, workers=0, threads=2, fused=fused)
     seen = 0
     for number, (images, labels) in enumerate(loader):
         epoch, step = divmod(number, plan.steps_per_epoch)
@@ -71,22 +72,25 @@ def test_training_batches_equal_the_paper(dataset, mode):
     assert seen == steps * 16
 
 
-def test_images_are_channels_last_without_a_copy_and_stay_valid(dataset):
+@pytest.mark.parametrize("fused", [True, False])
+def test_images_are_channels_last_without_a_copy_and_stay_valid(dataset, fused):
     reader = ShardReader(dataset / "train")
     plan = Plan(len(reader), 8)
-    loader = train_loader(reader, plan, Preprocess.load(dataset / "train"), end_step=6, workers=0)
+    options = {"end_step": 6, "workers": 0, "fused": fused}
+    loader = train_loader(reader, plan, Preprocess.load(dataset / "train"), **options)
     held = [images for images, _ in loader]
     sums = [float(images.double().sum()) for images in held]
     assert all(i.is_contiguous(memory_format=torch.channels_last) for i in held)
-    again = train_loader(reader, plan, Preprocess.load(dataset / "train"), end_step=6, workers=0)
+    again = train_loader(reader, plan, Preprocess.load(dataset / "train"), **options)
     assert sums == [float(images.double().sum()) for images, _ in again]  # no buffer was written over
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("mode", ["pixel", "channel"])
-def test_ten_crops_are_corners_and_centre_then_mirrored(dataset, mode):
+def test_ten_crops_are_corners_and_centre_then_mirrored(dataset, mode, fused):
     reader = ShardReader(dataset / "val")
     preprocess = Preprocess.load(dataset / "train", 224, mode)
-    images, labels = next(eval_loader(reader, preprocess, 4, ten_crops=True, workers=0))
+    images, labels = next(eval_loader(reader, preprocess, 4, ten_crops=True, workers=0, fused=fused))
     assert images.shape == (4, 10, 3, 224, 224) and labels.shape == (4,)
     anchors = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
     for row in range(4):
@@ -169,13 +173,15 @@ def test_the_gpu_form_serializes_without_a_gpu(dataset, mode, raw, ten_crops):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["pixel", "channel"])
-@pytest.mark.parametrize("half", [False, True])
-def test_the_gpu_gives_what_the_cpu_gives(dataset, mode, half):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gpu_gives_what_the_cpu_gives(dataset, mode, dtype):
     reader = ShardReader(dataset / "train")
     plan = Plan(len(reader), 16)
     preprocess = Preprocess.load(dataset / "train", 224, mode)
     cpu = train_loader(reader, plan, preprocess, end_step=3, workers=0)
-    gpu = train_loader(reader, plan, preprocess, end_step=3, workers=1, device="gpu", device_id=0, half=half)
+    gpu = train_loader(
+        reader, plan, preprocess, end_step=3, workers=1, device="gpu", device_id=0, dtype=dtype
+    )
     for (a, la), (b, lb) in zip(cpu, gpu, strict=True):
         assert b.is_cuda and b.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(la, lb.cpu())
@@ -210,7 +216,8 @@ def test_reader_processes_are_light_and_deaf_to_ctrl_c(dataset):
     assert len(list(loader)) == 5
 
 
-def test_a_record_that_does_not_decode_is_named(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_record_that_does_not_decode_is_named(dataset, tmp_path, monkeypatch, fused):
     reader = ShardReader(dataset / "train")
     plan = Plan(len(reader), 8)
     broken = int(plan.samples(0, 1)[3])
@@ -223,7 +230,34 @@ def test_a_record_that_does_not_decode_is_named(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(ShardReader, "read", damaged)
     shard, key = reader.locate(broken)
     with pytest.raises(DataError, match=f"{shard}, key {key.decode()}"):
-        list(train_loader(reader, plan, Preprocess.load(dataset / "train"), end_step=3, workers=0))
+        list(
+            train_loader(reader, plan, Preprocess.load(dataset / "train"), end_step=3, workers=0, fused=fused)
+        )
+
+
+@pytest.mark.parametrize("every", [True, False], ids=["all", "one"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_records_of_another_size_are_named(dataset, monkeypatch, fused, every):
+    """Smaller than a crop, which no view fits, and larger than the size, of which views could be cut unnoticed."""
+    reader = ShardReader(dataset / "train")
+    plan = Plan(len(reader), 8)
+    wrong = int(plan.samples(0, 0)[0 if every else 3])
+    read = ShardReader.read
+    for size in (200, 300) if fused else (200,):
+        other = cv2.imencode(".jpg", np.zeros((size, size, 3), np.uint8))[1].ravel()
+
+        def damaged(self, index, other=other):
+            data, label = read(self, index)
+            return (other if every or index == wrong else data), label
+
+        monkeypatch.setattr(ShardReader, "read", damaged)
+        shard, key = reader.locate(wrong)
+        with pytest.raises(DataError, match=f"{shard}, key {key.decode()}"):
+            list(
+                train_loader(
+                    reader, plan, Preprocess.load(dataset / "train"), end_step=3, workers=0, fused=fused
+                )
+            )
 
 
 def test_preprocess_survives_a_checkpoint(dataset, tmp_path):

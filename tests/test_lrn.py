@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import native
 from model import ModelError, lrn
 from model.lrn import LRN, local_response_norm
 
@@ -200,7 +201,7 @@ def test_unusable_inputs_are_refused(x):
 
 def test_without_a_compiler_it_falls_back_with_a_warning(monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    lrn._library.cache_clear()
+    native.library.cache_clear()
     try:
         x = activations(2, 8, 3, 3)
         with pytest.warns(UserWarning, match="falls back"):
@@ -209,7 +210,7 @@ def test_without_a_compiler_it_falls_back_with_a_warning(monkeypatch):
         with pytest.raises(ModelError, match="C\\+\\+ compiler"):
             local_response_norm(x, backend="native")
     finally:
-        lrn._library.cache_clear()
+        native.library.cache_clear()
 
 
 def test_the_environment_can_turn_the_kernel_off(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,12 +40,12 @@ from pipeline.plan import Plan
 from pipeline.prepare import encode, prepare
 from pipeline.shards import Manifest, ShardReader
 from tools.peers import import_torchvision
-from train import amp_dtype
+from train import amp_dtype, input_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("build", "read", "load", "lrn", "step", "train", "scale", "ranks")
 IMAGENET, IMAGENET_21K = 1_281_167, 15_000_000
-BUILD_IMAGES = 4_000  # at least, where a build is timed
+BUILD_IMAGES = 8_000  # at least, where a build is timed
 
 
 @dataclass
@@ -105,6 +106,11 @@ class Bench:
     def threads(self) -> int:
         return cpu_threads()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images that train.py would ask for on this device."""
+        return input_dtype(amp_dtype("auto", self.device), self.device)
+
     def rates(self, *contestants: Callable[[], float]) -> list[float]:
         """The median rate of each, run in turns; a contestant returns how many items a second it did."""
         taken: list[list[float]] = [[] for _ in contestants]
@@ -164,26 +170,23 @@ def build_rate(source: Path, out: Path, workers: int) -> float:
     return build(source, out, workers).rate
 
 
-def bench_build(bench: Bench) -> Iterator[Row]:
-    """Decode, resize, encode of the same files in a bare loop; and the converter one writes with Pillow."""
-    contents = [path.read_bytes() for path in bench.files]
-    times = math.ceil(BUILD_IMAGES / len(contents))
-    source = bench.repeated(times)  # so many that start-up counts for little, as with ImageNet
+def bare_loop(files: list[Path]) -> float:
+    """Decode, resize, encode of files that are in memory: images a second of this process."""
+    cv2.setNumThreads(1)
+    contents = [path.read_bytes() for path in files]
+    began = time.perf_counter()
+    for content in contents:
+        encode(prepare(content), "jpeg", 90)
+    return len(contents) / (time.perf_counter() - began)
 
-    def bare() -> float:
-        cv2.setNumThreads(1)
+
+def pillow_loop(files: list[Path]) -> float:
+    """The converter one writes with Pillow: images a second of this process."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        for content in contents:
-            encode(prepare(content), "jpeg", 90)
-        return len(contents) / (time.perf_counter() - began)
-
-    def pillow() -> float:
-        from io import BytesIO
-
-        from PIL import Image
-
-        began = time.perf_counter()
-        for path in bench.files:
+        for path in files:
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
             scale = 256 / min(image.size)
@@ -191,18 +194,29 @@ def bench_build(bench: Bench) -> Iterator[Row]:
                 (max(256, round(image.width * scale)), max(256, round(image.height * scale)))
             )
             left, top = (image.width - 256) // 2, (image.height - 256) // 2
-            buffer = BytesIO()
-            image.crop((left, top, left + 256, top + 256)).save(buffer, "JPEG", quality=90)
-            (bench.work / "pillow.jpg").write_bytes(buffer.getvalue())
-        return len(contents) / (time.perf_counter() - began)
+            image.crop((left, top, left + 256, top + 256)).save(Path(folder, "pillow.jpg"), quality=90)
+        return len(files) / (time.perf_counter() - began)
 
+
+def bench_build(bench: Bench) -> Iterator[Row]:
+    """The whole command against the bare loop and a converter with Pillow, as many of each at once as workers."""
+    times = math.ceil(BUILD_IMAGES / len(bench.files))
+    source = bench.repeated(times)  # so many that start-up counts for little, as with ImageNet
     for workers in sorted({1, bench.workers}):
-        ours, limit, peer = bench.rates(
-            partial(build_rate, source, bench.work / "built", workers), bare, pillow
-        )
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+
+            def at_once(loop: Callable[[list[Path]], float], pool: Any = pool, count: int = workers) -> float:
+                return sum(pool.map(loop, [bench.files] * count))
+
+            at_once(bare_loop)  # starts the processes
+            ours, limit, peer = bench.rates(
+                partial(build_rate, source, bench.work / "built", workers),
+                partial(at_once, bare_loop),
+                partial(at_once, pillow_loop),
+            )
         yield Row(
-            "build", f"{workers} workers, {times * len(contents):,} images, whole command", "images/s", ours,
-            limit * workers, f"bare decode+resize+encode x {workers}", peer * workers, f"Pillow loop x {workers}",
+            "build", f"{workers} workers, {times * len(bench.files):,} images, whole command", "images/s", ours,
+            limit, f"bare decode+resize+encode, {workers} at once", peer, f"Pillow loop, {workers} at once",
         )  # fmt: skip
 
 
@@ -235,7 +249,7 @@ def loader(bench: Bench, data: Path, steps: int, mean: str = "pixel") -> Loader:
     plan = Plan(len(reader), min(bench.batch, len(reader)))
     return train_loader(
         reader, plan, preprocess, end_step=steps, device="gpu" if gpu else "cpu",
-        device_id=0 if gpu else None, threads=bench.threads, half=gpu,
+        device_id=0 if gpu else None, threads=bench.threads, dtype=bench.dtype,
     )  # fmt: skip
 
 
@@ -360,6 +374,7 @@ class Step:
 
 def held_batch(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.randn(bench.batch, 3, 224, 224, device=bench.device) * 60
+    images = images.to(bench.dtype)
     labels = torch.randint(0, 1000, (bench.batch,), device=bench.device)
     return images.to(memory_format=torch.channels_last), labels
 
@@ -403,7 +418,7 @@ def bench_step(bench: Bench) -> Iterator[Row]:
         lambda: ours.rate(images, labels),
         lambda: plain.rate(images, labels),
         lambda: gemm_rate(bench, dtype) / work,
-        lambda: peer.rate(images, labels),
+        lambda: peer.rate(images.float(), labels),  # as its loader gives them
     )
     kind = str(dtype).removeprefix("torch.")
     yield Row(
