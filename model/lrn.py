@@ -168,15 +168,16 @@ def _kernel(x: Tensor, size: int, beta: float, backend: str) -> ctypes.CDLL | No
     library = _library(size) if fits else None
     if library is None and backend == "native":
         raise ModelError(
-            "LRN's native backend needs a C++ compiler, beta 0.75 and a channels-last CPU tensor of bfloat16 "
-            f"or float32 (here beta {beta}, {x.device.type}, {x.dtype}): use backend 'auto'"
+            "LRN's native backend needs a C++ compiler, ALEXNET_NATIVE other than 0, beta 0.75 and a channels-last "
+            f"CPU tensor of bfloat16 or float32 (here beta {beta}, {x.device.type}, {x.dtype}): use backend 'auto'"
         )
     return library
 
 
 def _library(size: int) -> ctypes.CDLL | None:
     """The kernel for windows of `size` channels; None where it cannot be built."""
-    return native.library("lrn", "LRN falls back on torch's operators, many times slower", f"SIZE={size}")
+    slower = "LRN falls back on torch's operators, many times slower"
+    return native.library("lrn", slower, "-fopenmp", f"-DSIZE={size}")
 
 
 def _run(

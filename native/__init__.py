@@ -20,34 +20,49 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-pthread")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
 
 
-@functools.cache
-def library(name: str, otherwise: str, *defines: str) -> ctypes.CDLL | None:
-    """The library of `name`.cpp, built unless it is in the cache; None, with a warning, where that fails.
+def library(name: str, otherwise: str, *flags: str) -> ctypes.CDLL | None:
+    """The library of `name`.cpp, built with `flags` too unless it is in the cache; None where that fails.
 
-    `otherwise` is what the caller then does, for the warning. `defines`: macros for the compiler, as "SIZE=5".
+    A warning then says why, and `otherwise`, what the caller does instead. ALEXNET_NATIVE=0 needs no warning.
     """
     if os.environ.get("ALEXNET_NATIVE") == "0":
         return None
+    found = _load(name, *flags)
+    if isinstance(found, str):
+        warnings.warn(f"{otherwise}: {found}", stacklevel=3)
+        return None
+    return found
+
+
+@functools.cache
+def _load(name: str, *flags: str) -> ctypes.CDLL | str:
+    """The library, or why there is none."""
     source = Path(__file__).with_name(f"{name}.cpp").read_bytes()
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "c++"
-    flags = [*_FLAGS, *(f"-D{define}" for define in defines)]
+    command = [compiler, *_FLAGS, *flags, "-x", "c++"]
     try:
         # The predefined macros tell the compiler's version and the instruction sets of this CPU, so that a
         # home shared by unlike machines holds a library for each.
-        describe = [compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
-        macros = subprocess.run(describe, capture_output=True, check=True).stdout
-        key = hashlib.sha256(macros + " ".join(flags).encode() + source).hexdigest()[:16]
+        macros = subprocess.run(
+            [*command, "-dM", "-E", os.devnull], capture_output=True, check=True, text=True
+        ).stdout
+        key = hashlib.sha256(f"{macros} {flags}".encode() + source).hexdigest()[:16]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cached = Path(home, "alexnet-dali", f"{name}-{key}.so")
         if cached.exists():
             return ctypes.CDLL(str(cached))
         with tempfile.TemporaryDirectory() as scratch:
             built = Path(scratch, f"{name}.so")
-            build = [compiler, *flags, "-x", "c++", "-", "-o", str(built)]
-            subprocess.run(build, input=source, capture_output=True, check=True)
+            subprocess.run(
+                [*command, "-", "-o", str(built)],
+                input=source.decode(),
+                capture_output=True,
+                check=True,
+                text=True,
+            )
             # Ranks may build at once: each moves a whole file into place. If the home cannot be written, the
             # next process builds again.
             with suppress(OSError):
@@ -55,6 +70,7 @@ def library(name: str, otherwise: str, *defines: str) -> ctypes.CDLL | None:
                 shutil.copy(built, part := cached.with_name(uuid.uuid4().hex))
                 part.replace(cached)
             return ctypes.CDLL(str(built))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        warnings.warn(f"{otherwise}: {error}", stacklevel=2)
-        return None
+    except subprocess.CalledProcessError as error:
+        return (error.stderr.strip().splitlines() or [str(error)])[-1]
+    except (OSError, RuntimeError) as error:
+        return str(error)

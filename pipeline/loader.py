@@ -1,8 +1,10 @@
 """The DALI graph, one definition for 'cpu' and 'gpu', and its torch iterator.
 
+On a GPU the graph does all of the work. On the CPU it ends with decoding, and one pass over the pixels does the
+rest (pipeline/views.py); where no compiler is found, the graph does, with the operators that the GPU runs.
+
 Order of work (paper, sections 2 and 4.1): decode, crop, mirror, add the colour shift, subtract the mean.
 Output is NHWC, handed to torch through dlpack and permuted: a channels-last (N, 3, H, W) tensor, no copy.
-On the CPU the graph ends with decoding, and one pass over the pixels does the rest (pipeline/views.py).
 https://docs.nvidia.com/deeplearning/dali/user-guide/docs/operations/nvidia.dali.fn.crop_mirror_normalize.html
 """
 
@@ -31,7 +33,7 @@ from pipeline.plan import Plan
 from pipeline.prepare import decode
 from pipeline.readers import ReaderWatch, check_shared_memory
 from pipeline.shards import Manifest, ShardReader
-from pipeline.views import Views, ten_views
+from pipeline.views import ViewCutter, ten_views
 
 MEANS = ("pixel", "channel", "none")
 READ_AHEAD = 2  # batches that the reader processes are ahead: a slow read does not stall the graph
@@ -91,9 +93,10 @@ def graph(
     parallel: bool = True,
     decoded: bool = False,
 ) -> Any:
-    """Images (H, W, 3), or (10, H, W, 3) with `ten_crops`, float32 (float16 with `half`), and int64 labels.
+    """Images (H, W, 3), or (10, H, W, 3) with `ten_crops`, float32 (float16 with `half`), int64 labels, and shapes.
 
-    `device` 'gpu' decodes with nvJPEG ('mixed') and computes on the GPU. `raw` records are HWC pixels.
+    `device` 'gpu' decodes with nvJPEG ('mixed') and computes on the GPU. `raw` records are HWC pixels. The shapes,
+    int64 (3,), are those of the whole images: crops would be cut of images of another size, too.
     `decoded`: whole images, (size, size, 3) uint8, labels, and what the feed says of crop, flip and colour.
     """
     gpu, size, crop = device == "gpu", preprocess.size, preprocess.crop
@@ -167,7 +170,8 @@ def graph(
             # decodes no more than the crop; equal to decoding all and cropping, bit for bit on the CPU
             image = fn.decoders.image_slice(record, anchor, window, **decoder, **absolute)
         images = normalized(fn.reshape(image, layout="HWC") if raw else image, anchor, flip)
-    return images, label.gpu() if gpu else label
+    shapes = record.shape(dtype=types.INT64) if raw else fn.peek_image_shape(record)
+    return images, label.gpu() if gpu else label, shapes
 
 
 def record_bytes(manifest: Manifest) -> int:
@@ -206,7 +210,7 @@ class Loader:
 
     With `ten_crops` images are (N, 10, 3, crop, crop). `device`: 'cpu', or 'gpu' with its `device_id`. `dtype` is
     float32, on a GPU also float16, on the CPU bfloat16: what autocast would make of float32, without the trip
-    through memory. `fused` False: DALI's operators on the CPU too.
+    through memory (others are made of float32). `fused` False: DALI's operators on the CPU too.
     `workers` processes read the shards; 0 reads in this process. `prefetch` batches are made ahead (2 on a
     GPU, 1 on the CPU, where the batch is made when it is asked for). Batches are on `device`. Tensors stay valid
     as long as they are held. A training loader ends at its feed's end_step; an evaluation loader can be
@@ -234,10 +238,12 @@ class Loader:
         self._device = device
         self._dtype = dtype
         threads = threads or cpu_threads()
-        self._views = (
-            Views.of(preprocess.mean, preprocess.crop, dtype, threads) if fused and device == "cpu" else None
-        )
-        self._ten_crops = ten_crops
+        self._cutter: ViewCutter | None = None
+        if fused and device == "cpu":
+            self._cutter = ViewCutter.of(preprocess.mean, preprocess.crop, dtype, threads)
+        self._ten_views: list[torch.Tensor] | None = None
+        if ten_crops:
+            self._ten_views = [torch.from_numpy(a) for a in ten_views(preprocess.size, preprocess.crop)]
         # On the CPU, decoding ahead takes cores from under the step that runs on all of them, and each waits
         # for the other: one after the other is quicker.
         depth = prefetch or (2 if device == "gpu" else 1)
@@ -251,7 +257,7 @@ class Loader:
             ten_crops=ten_crops,
             half=dtype == torch.float16,
             parallel=workers > 0,
-            decoded=self._views is not None,
+            decoded=self._cutter is not None,
             batch_size=batch,
             num_threads=threads,
             device_id=device_id,
@@ -289,8 +295,11 @@ class Loader:
                 outputs = self._pipe.run(*stream)
             # one tensor a batch: DALI refuses records that are not all of one size
             images, labels, *numbers = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-            if self._views:
-                images = self._cut(self._views, images, *numbers)
+            size = self.preprocess.size
+            if any(shape[:2] != [size, size] for shape in self._shapes(images, numbers)):
+                raise ValueError(f"records are not all of {size}x{size} pixels")
+            if self._cutter:
+                images = self._cut(self._cutter, images, *numbers)
         except StopIteration:
             with self._watch.inside():
                 self._pipe.reset()
@@ -303,22 +312,24 @@ class Loader:
         self._iteration += 1
         return images.movedim(-1, -3).to(self._dtype), labels
 
+    def _shapes(self, images: torch.Tensor, numbers: list[torch.Tensor]) -> list[list[int]]:
+        """Of whole images, as decoded or as the graph says."""
+        return [list(images.shape[1:])] if self._cutter else numbers[0].tolist()
+
     def _cut(
         self,
-        views: Views,
+        cutter: ViewCutter,
         images: torch.Tensor,
         anchor: torch.Tensor,
         flip: torch.Tensor,
         shift: torch.Tensor,
     ) -> torch.Tensor:
         """The views of whole images: one each as the feed says, or ten."""
-        size, crop, count = self.preprocess.size, self.preprocess.crop, len(images)
-        if images.shape[1:] != (size, size, 3):
-            raise ValueError(f"records are of {tuple(images.shape[1:])}, not {size}x{size} RGB")
-        if not self._ten_crops:
-            return views(images, anchor, flip, shift)
-        anchors, flips = (torch.from_numpy(array) for array in ten_views(size, crop))
-        ten = views(images, anchors.repeat(count, 1), flips.repeat(count), torch.zeros(10 * count, 3))
+        if self._ten_views is None:
+            return cutter(images, anchor, flip, shift)
+        anchors, flips = self._ten_views
+        count = len(images)
+        ten = cutter(images, anchors.repeat(count, 1), flips.repeat(count), torch.zeros(10 * count, 3))
         return ten.unflatten(0, (count, 10))
 
     def _explain(self, error: Exception) -> DataError:
@@ -339,7 +350,7 @@ class Loader:
         # the last line that says something: before it come tracebacks, after it DALI's advice
         lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
         telling = [line for line in lines if "Error" in line and not line.startswith("Critical error")]
-        return DataError(f"the DALI pipeline failed: {(telling or lines)[-1]}")
+        return DataError(f"the loader failed: {(telling or lines)[-1]}")
 
     def close(self) -> None:
         """Stops the reader processes and frees their shared memory."""

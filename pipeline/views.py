@@ -1,7 +1,8 @@
 """Crop, mirror, colour shift and mean of decoded images in one pass, on the CPU.
 
-DALI's operators for these each go over the batch in memory, which together takes longer than decoding it. The
-kernel (native/views.cpp) gives what they give in a seventh of their time. On a GPU they are DALI's.
+DALI's operators for these each go over the batch in memory, which together takes longer than decoding it
+(docs/performance.md). The kernel, native/views.cpp, gives what they give: bit for bit with a mean image, while with
+a mean a channel they subtract mean minus shift and round differently, by 1e-5 levels. On a GPU they are DALI's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 import native
 
-DTYPES = {torch.float32: "views_float32", torch.bfloat16: "views_bfloat16"}
+KERNELS = {torch.float32: "views_float32", torch.bfloat16: "views_bfloat16"}
 
 
 def ten_views(size: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -23,47 +24,57 @@ def ten_views(size: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(corners * 2, np.int32), np.repeat(np.array([0, 1], np.int32), 5)
 
 
-class Views:
+class ViewCutter:
     """Turns decoded images and the plan's numbers into the network's input.
 
     `mean`: (size, size, 3) float32, subtracted at the positions that a crop comes from. `threads` of them work on
-    a batch. Use `Views.of`, which says where this can be done.
+    a batch. Use `ViewCutter.of`, which says where this can be done.
     """
 
     def __init__(
         self, library: ctypes.CDLL, mean: np.ndarray, crop: int, dtype: torch.dtype, threads: int
     ) -> None:
-        self._kernel = library[DTYPES[dtype]]
-        self._mean = torch.from_numpy(np.ascontiguousarray(mean, np.float32))
         self._size, self._crop, self._dtype, self._threads = len(mean), crop, dtype, threads
+        if mean.shape != (self._size, self._size, 3) or not 0 < crop <= self._size:
+            raise ValueError(f"no crop of {crop} pixels of a mean image of {mean.shape}")
+        self._kernel = library[KERNELS[dtype]]
+        self._mean = torch.from_numpy(np.ascontiguousarray(mean, np.float32))
 
     @classmethod
-    def of(cls, mean: np.ndarray, crop: int, dtype: torch.dtype, threads: int) -> Views | None:
-        """None where the kernel cannot be built or does not know `dtype`: DALI's operators do it then."""
-        library = native.library("views", "batches are cropped by DALI's operators, slower")
-        return cls(library, mean, crop, dtype, threads) if library and dtype in DTYPES else None
+    def of(cls, mean: np.ndarray, crop: int, dtype: torch.dtype, threads: int) -> ViewCutter | None:
+        """None for a `dtype` without a kernel, and where it cannot be built: DALI's operators do it then."""
+        if dtype not in KERNELS:
+            return None
+        slower = "batches are cropped by DALI's operators, slower"
+        library = native.library("views", slower, "-fopenmp-simd", "-pthread")
+        return cls(library, mean, crop, dtype, threads) if library else None
 
     def __call__(
         self, images: torch.Tensor, anchors: torch.Tensor, flips: torch.Tensor, shifts: torch.Tensor
     ) -> torch.Tensor:
         """V views of each of N images: (N * V, crop, crop, 3), the views of an image one after the other.
 
-        images: (N, size, size, 3) uint8. anchors: (N * V, 2) int32, top and left of the crop, not negative. flips:
-        (N * V,) int32. shifts: (N * V, 3) float32, levels added to red, green and blue.
+        images: (N, size, size, 3) uint8. anchors: (N * V, 2) int32, top and left of the crop. flips: (N * V,)
+        int32. shifts: (N * V, 3) float32, levels added to red, green and blue. ValueError for anything else.
         """
         size, crop = self._size, self._crop
         count = len(flips)
-        assert images.shape[1:] == (size, size, 3) and count % len(images) == 0
-        assert anchors.shape == (count, 2) and shifts.shape == (count, 3)
-        assert int(anchors.min()) >= 0 and int(anchors.max()) <= size - crop
-        inputs = (images, self._mean, anchors, flips, shifts)
-        types = (torch.uint8, torch.float32, torch.int32, torch.int32, torch.float32)
-        for tensor, dtype in zip(inputs, types, strict=True):
-            assert tensor.dtype == dtype and tensor.is_contiguous()
-        out = torch.empty(count, crop, crop, 3, dtype=self._dtype)
-        self._kernel(
-            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (*inputs, out)),
-            *(ctypes.c_int64(n) for n in (count, count // len(images), size, crop)),
-            ctypes.c_int(self._threads),
+        expected = (
+            ("images", images, torch.uint8, (len(images), size, size, 3)),
+            ("anchors", anchors, torch.int32, (count, 2)),
+            ("flips", flips, torch.int32, (count,)),
+            ("shifts", shifts, torch.float32, (count, 3)),
         )
+        for name, tensor, dtype, shape in expected:  # the kernel believes all of it
+            if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or tensor.is_cuda:
+                raise ValueError(f"{name} are {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+        if not count or count % len(images) or anchors.min() < 0 or anchors.max() > size - crop:
+            raise ValueError(f"{count} anchors of {len(images)} images, or a crop beyond an image")
+        out = torch.empty(count, crop, crop, 3, dtype=self._dtype)
+        failed = self._kernel(
+            *(ctypes.c_void_p(t.data_ptr()) for t in (images, self._mean, anchors, flips, shifts, out)),
+            *(ctypes.c_int64(n) for n in (count, count // len(images), size, crop, self._threads)),
+        )
+        if failed:
+            raise MemoryError("no memory for a row of pixels")
         return out

@@ -235,29 +235,28 @@ def test_a_record_that_does_not_decode_is_named(dataset, tmp_path, monkeypatch, 
         )
 
 
+@pytest.mark.parametrize("size", [200, 300])
 @pytest.mark.parametrize("every", [True, False], ids=["all", "one"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_records_of_another_size_are_named(dataset, monkeypatch, fused, every):
-    """Smaller than a crop, which no view fits, and larger than the size, of which views could be cut unnoticed."""
+def test_records_of_another_size_are_named(dataset, monkeypatch, fused, every, size):
+    """Smaller than a crop, and larger than what the crops were planned for, which would go unnoticed."""
     reader = ShardReader(dataset / "train")
     plan = Plan(len(reader), 8)
     wrong = int(plan.samples(0, 0)[0 if every else 3])
+    other = cv2.imencode(".jpg", np.zeros((size, size, 3), np.uint8))[1].ravel()
     read = ShardReader.read
-    for size in (200, 300) if fused else (200,):
-        other = cv2.imencode(".jpg", np.zeros((size, size, 3), np.uint8))[1].ravel()
 
-        def damaged(self, index, other=other):
-            data, label = read(self, index)
-            return (other if every or index == wrong else data), label
+    def damaged(self, index):
+        data, label = read(self, index)
+        return (other if every or index == wrong else data), label
 
-        monkeypatch.setattr(ShardReader, "read", damaged)
-        shard, key = reader.locate(wrong)
-        with pytest.raises(DataError, match=f"{shard}, key {key.decode()}"):
-            list(
-                train_loader(
-                    reader, plan, Preprocess.load(dataset / "train"), end_step=3, workers=0, fused=fused
-                )
-            )
+    monkeypatch.setattr(ShardReader, "read", damaged)
+    shard, key = reader.locate(wrong)
+    loader = train_loader(
+        reader, plan, Preprocess.load(dataset / "train"), end_step=3, workers=0, fused=fused
+    )
+    with pytest.raises(DataError, match=f"{shard}, key {key.decode()}"):
+        list(loader)
 
 
 def test_preprocess_survives_a_checkpoint(dataset, tmp_path):

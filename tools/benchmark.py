@@ -184,7 +184,7 @@ def pillow_loop(files: list[Path]) -> float:
     """The converter one writes with Pillow: images a second of this process."""
     from PIL import Image
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=files[0].parents[2]) as folder:  # the disk that ours writes to
         began = time.perf_counter()
         for path in files:
             with Image.open(path) as opened:
@@ -198,21 +198,24 @@ def pillow_loop(files: list[Path]) -> float:
         return len(files) / (time.perf_counter() - began)
 
 
+def at_once(
+    pool: ProcessPoolExecutor, count: int, loop: Callable[[list[Path]], float], files: list[Path]
+) -> float:
+    """The summed rate of as many loops in as many processes."""
+    return sum(pool.map(loop, [files] * count))
+
+
 def bench_build(bench: Bench) -> Iterator[Row]:
     """The whole command against the bare loop and a converter with Pillow, as many of each at once as workers."""
     times = math.ceil(BUILD_IMAGES / len(bench.files))
     source = bench.repeated(times)  # so many that start-up counts for little, as with ImageNet
     for workers in sorted({1, bench.workers}):
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-
-            def at_once(loop: Callable[[list[Path]], float], pool: Any = pool, count: int = workers) -> float:
-                return sum(pool.map(loop, [bench.files] * count))
-
-            at_once(bare_loop)  # starts the processes
+            at_once(pool, workers, bare_loop, bench.files)  # starts the processes
             ours, limit, peer = bench.rates(
                 partial(build_rate, source, bench.work / "built", workers),
-                partial(at_once, bare_loop),
-                partial(at_once, pillow_loop),
+                partial(at_once, pool, workers, bare_loop, bench.files),
+                partial(at_once, pool, workers, pillow_loop, bench.files),
             )
         yield Row(
             "build", f"{workers} workers, {times * len(bench.files):,} images, whole command", "images/s", ours,
@@ -309,10 +312,11 @@ def bench_load(bench: Bench) -> Iterator[Row]:
             done += len(labels)
         return done / (time.perf_counter() - began)
 
+    dtype = str(bench.dtype).removeprefix("torch.")
     for mean in ("pixel", "channel"):
         ours, limit, peer = bench.rates(partial(load_rate, bench, bench.data, mean), bare, torchvision_loader)
         yield Row(
-            "load", f"shards to augmented batches, {mean} mean", "images/s", ours,
+            "load", f"shards to augmented batches, {mean} mean, {dtype}, one ahead", "images/s", ours,
             limit, f"bare libjpeg-turbo decode, {bench.threads} threads",
             peer, "torchvision ImageFolder + DataLoader",
         )  # fmt: skip
@@ -413,7 +417,7 @@ def bench_step(bench: Bench) -> Iterator[Row]:
     images, labels = held_batch(bench)
     network = AlexNet()
     recipe.initialise(network)
-    work = flops(network, images.cpu())
+    work = flops(network, images.float().cpu())
     ours, plain = Step(bench, network), Step(bench, AlexNet(lrn=False))
     peer = Step(bench, import_torchvision().models.alexnet())
     dtype = ours.amp or torch.float32
@@ -546,7 +550,7 @@ def time_layouts(ranks: Ranks, config: dict[str, Any]) -> None:
     """One rank's steps of each layout in turns, on one held batch; the first rank writes the seconds of each."""
     amp, batch = amp_dtype("auto", ranks.device), config["batch"]
     images = torch.randn(batch, 3, 224, 224, device=ranks.device) * 60
-    images = images.to(memory_format=torch.channels_last)
+    images = images.to(input_dtype(amp, ranks.device)).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=ranks.device)
 
     def contestant(kind: str, compress: bool) -> Callable[[], None]:
