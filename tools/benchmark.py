@@ -94,13 +94,16 @@ class Bench:
                 os.link(file, folder / file.parent.name / f"{copy}-{file.name}")
         return folder
 
+    def built(self, encoding: str) -> Path:
+        """The shards of the photographs, built once."""
+        data = self.work / encoding
+        if not (data / "train").exists():
+            build(self.photographs / "train", data, self.workers, encoding)
+        return data
+
     @property
     def data(self) -> Path:
-        """The shards of the photographs, built once."""
-        data = self.work / "data"
-        if not (data / "train").exists():
-            build(self.photographs / "train", data, self.workers)
-        return data
+        return self.built("jpeg")
 
     @property
     def threads(self) -> int:
@@ -149,14 +152,13 @@ class Built(NamedTuple):
     peak: float  # bytes, of its largest process
 
 
-def build(source: Path, out: Path, workers: int) -> Built:
+def build(source: Path, out: Path, workers: int, encoding: str = "jpeg") -> Built:
     """Runs tools/build_lmdb.py."""
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
     command = [sys.executable, str(ROOT / "tools/build_lmdb.py"), str(source), str(out)]
-    process = subprocess.Popen(
-        [*command, "--workers", str(workers)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command += ["--workers", str(workers), "--encoding", encoding]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -313,10 +315,11 @@ def bench_load(bench: Bench) -> Iterator[Row]:
         return done / (time.perf_counter() - began)
 
     dtype = str(bench.dtype).removeprefix("torch.")
-    for mean in ("pixel", "channel"):
-        ours, limit, peer = bench.rates(partial(load_rate, bench, bench.data, mean), bare, torchvision_loader)
+    for encoding, mean in (("jpeg", "pixel"), ("jpeg", "channel"), ("raw", "pixel")):
+        data = bench.built(encoding)
+        ours, limit, peer = bench.rates(partial(load_rate, bench, data, mean), bare, torchvision_loader)
         yield Row(
-            "load", f"shards to augmented batches, {mean} mean, {dtype}, one ahead", "images/s", ours,
+            "load", f"{encoding} shards to augmented batches, {mean} mean, {dtype}, one ahead", "images/s", ours,
             limit, f"bare libjpeg-turbo decode, {bench.threads} threads",
             peer, "torchvision ImageFolder + DataLoader",
         )  # fmt: skip
