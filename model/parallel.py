@@ -69,9 +69,8 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for large tensors
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all of the heap
-        libc.mallopt(
-            -8, 1
-        )  # M_ARENA_MAX: threads' own heaps are given back all the same; decoders' are threads
+        heaps = max(1, len(os.sched_getaffinity(0)) // 4)
+        libc.mallopt(-8, heaps)  # M_ARENA_MAX
 
 
 def under_torchrun() -> bool:

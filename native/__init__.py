@@ -47,9 +47,9 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
         # The predefined macros tell the compiler's version and the instruction sets of this CPU, so that a
         # home shared by unlike machines holds a library for each.
         macros = subprocess.run(
-            [*command, "-dM", "-E", os.devnull], capture_output=True, check=True, text=True
+            [*command, "-dM", "-E", os.devnull], capture_output=True, check=True, text=True, errors="replace"
         ).stdout
-        key = hashlib.sha256(f"{macros} {flags}".encode() + source).hexdigest()[:16]
+        key = hashlib.sha256(f"{macros} {command[1:]}".encode() + source).hexdigest()[:16]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cached = Path(home, "alexnet-dali", f"{name}-{key}.so")
         if cached.exists():
@@ -62,6 +62,7 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
                 capture_output=True,
                 check=True,
                 text=True,
+                errors="replace",
             )
             # Ranks may build at once: each moves a whole file into place. If the home cannot be written, the
             # next process builds again.
@@ -71,6 +72,7 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
                 part.replace(cached)
             return ctypes.CDLL(str(built))
     except subprocess.CalledProcessError as error:
-        return (error.stderr.strip().splitlines() or [str(error)])[-1]
+        lines = error.stderr.splitlines()
+        return next((line for line in lines if "error" in line), str(error))
     except (OSError, RuntimeError) as error:
         return str(error)

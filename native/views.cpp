@@ -9,8 +9,8 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -75,7 +75,7 @@ int views(const uint8_t* images, const float* mean, const int32_t* anchors, cons
     };
     try {
         for (int64_t thread = 1; thread < threads; ++thread) others.emplace_back(work, thread);
-    } catch (const std::system_error&) {  // a limit on threads: those that there are do the work
+    } catch (const std::exception&) {  // a limit on threads or memory: those that there are do the work
     }
     work(0);
     for (auto& other : others) other.join();

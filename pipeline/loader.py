@@ -210,7 +210,7 @@ class Loader:
 
     With `ten_crops` images are (N, 10, 3, crop, crop). `device`: 'cpu', or 'gpu' with its `device_id`. `dtype` is
     float32, on a GPU also float16, on the CPU bfloat16: what autocast would make of float32, without the trip
-    through memory (others are made of float32). `fused` False: DALI's operators on the CPU too.
+    through memory; any other is made of float32 in the end. `fused` False: DALI's operators on the CPU too.
     `workers` processes read the shards; 0 reads in this process. `prefetch` batches are made ahead (2 on a
     GPU, 1 on the CPU, where the batch is made when it is asked for). Batches are on `device`. Tensors stay valid
     as long as they are held. A training loader ends at its feed's end_step; an evaluation loader can be
@@ -341,7 +341,8 @@ class Loader:
                 record, _ = reader.read(index)
             except DataError as unreadable:
                 return unreadable
-            if record.ndim == 1 and decode(record, size) is None:
+            image = decode(record, size) if record.ndim == 1 else record
+            if image is None or image.shape != (size, size, 3):
                 shard, key = reader.locate(index)
                 return DataError(
                     f"shard {shard}, key {key.decode()}: the record does not decode to {size}x{size} RGB; "

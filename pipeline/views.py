@@ -67,8 +67,15 @@ class ViewCutter:
         )
         for name, tensor, dtype, shape in expected:  # the kernel believes all of it
             if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or tensor.is_cuda:
-                raise ValueError(f"{name} are {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
-        if not count or count % len(images) or anchors.min() < 0 or anchors.max() > size - crop:
+                found = f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+                raise ValueError(f"{name} are {found}, not {dtype} {shape}, contiguous, on the CPU")
+        if (
+            not count
+            or not len(images)
+            or count % len(images)
+            or anchors.min() < 0
+            or anchors.max() > size - crop
+        ):
             raise ValueError(f"{count} anchors of {len(images)} images, or a crop beyond an image")
         out = torch.empty(count, crop, crop, 3, dtype=self._dtype)
         failed = self._kernel(

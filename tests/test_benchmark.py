@@ -1,4 +1,4 @@
-"""That every stage of the benchmark runs and says what it should; figures are for quiet machines, not for tests."""
+"""That the stages of the benchmark run; figures are for quiet machines, not for tests."""
 
 import json
 import subprocess

@@ -130,7 +130,7 @@ class Bench:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             calls, began = 0, time.perf_counter()
             start.record()
-            while time.perf_counter() - began < least:
+            while time.perf_counter() - began < least or not calls:
                 work()
                 calls += 1
             end.record()
@@ -506,18 +506,28 @@ def anonymous_memory() -> int:
     return total
 
 
+def first_batch(bench: Bench, data: Path) -> tuple[float, int]:
+    """Seconds to a loader's first batch, and the bytes that this process and its readers hold then."""
+    keep_freed_memory()
+    began = time.perf_counter()
+    next(batches := loader(bench, data, 4))
+    seconds, held = time.perf_counter() - began, anonymous_memory()
+    batches.close()
+    return seconds, held
+
+
 def bench_scale(bench: Bench) -> Iterator[Row]:
     """The same rates at 1, 2, 4 and 8 times the images; the sampler's start at the size of ImageNet and -21k."""
     sizes = (1, 2, 4, 8)
     sets = {times: bench.work / f"scaled{times}" for times in sizes}
     builds = {times: build(bench.repeated(times), sets[times], bench.workers) for times in sizes}
     starts, memory = {}, {}
-    for times, data in sets.items():
-        began = time.perf_counter()
-        next(first := loader(bench, data, 4))
-        starts[times] = time.perf_counter() - began
-        memory[times] = anonymous_memory()
-        first.close()
+    for (
+        times,
+        data,
+    ) in sets.items():  # each in a process of its own: memory that is kept would be counted again
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            starts[times], memory[times] = pool.submit(first_batch, bench, data).result()
     loads = dict(
         zip(sizes, bench.rates(*(partial(load_rate, bench, sets[times]) for times in sizes)), strict=True)
     )
