@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import native
 from model.alexnet import AlexNet
+from pipeline import DataError
 from pipeline.build import Options, build_split
 from pipeline.loader import MEANS, Preprocess, eval_loader, train_loader
 from pipeline.plan import Plan
@@ -206,3 +207,20 @@ def test_the_kernels_are_part_of_an_installed_package(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, check=True)
     (wheel,) = copy.glob("*.whl")
     assert {"native/lrn.cpp", "native/views.cpp"} <= set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_raw_record_of_another_size_is_named(class_folders, dataset, tmp_path, monkeypatch, fused):
+    source = open_source(class_folders / "val", "val")
+    build_split(source, tmp_path, Options(encoding="raw"), workers=1)
+    reader, read = ShardReader(tmp_path / "val"), ShardReader.read
+
+    def damaged(self, index):
+        data, label = read(self, index)
+        return (np.zeros((300, 300, 3), np.uint8) if index == 3 else data), label
+
+    monkeypatch.setattr(ShardReader, "read", damaged)
+    shard, key = reader.locate(3)
+    loader = eval_loader(reader, Preprocess.load(dataset / "train"), 8, workers=0, fused=fused)
+    with pytest.raises(DataError, match=f"{shard}, key {key.decode()}"):
+        next(loader)
