@@ -40,16 +40,18 @@ def library(name: str, otherwise: str, *flags: str) -> ctypes.CDLL | None:
 @functools.cache
 def _load(name: str, *flags: str) -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    source = Path(__file__).with_name(f"{name}.cpp").read_bytes()
+    here = Path(__file__).parent
+    source = (here / f"{name}.cpp").read_bytes()
+    headers = b"".join(path.read_bytes() for path in sorted(here.glob("*.h")))
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "c++"
-    command = [compiler, *_FLAGS, *flags, "-x", "c++"]
+    command = [compiler, *_FLAGS, *flags, f"-I{here}", "-x", "c++"]
     try:
         # The predefined macros tell the compiler's version and the instruction sets of this CPU, so that a
         # home shared by unlike machines holds a library for each.
         macros = subprocess.run(
             [*command, "-dM", "-E", os.devnull], capture_output=True, check=True, text=True, errors="replace"
         ).stdout
-        key = hashlib.sha256(f"{macros} {command[1:]}".encode() + source).hexdigest()[:16]
+        key = hashlib.sha256(f"{macros} {_FLAGS} {flags}".encode() + headers + source).hexdigest()[:16]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cached = Path(home, "alexnet-dali", f"{name}-{key}.so")
         if cached.exists():

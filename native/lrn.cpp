@@ -9,25 +9,12 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
+
 namespace {
 
 constexpr int HALF = SIZE / 2;
 constexpr int TILE_VALUES = 512;
-
-// bfloat16 travels as uint16_t: the upper half of a float, rounded to nearest even.
-inline float load(float value) { return value; }
-inline float load(uint16_t half) {
-    const uint32_t bits = uint32_t(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-inline void store(float* to, float value) { *to = value; }
-inline void store(uint16_t* to, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    *to = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
 
 inline float window_sum(const float* values) {
     float sum = 0;
@@ -54,9 +41,14 @@ inline float scale(const float* squares, float alpha, float k) {
     return std::min(k + alpha * window_sum(squares), 1e36f);
 }
 
+// Of a tile of rows; `squares` has HALF values more on either side of each.
 template <class T>
-void square(const T* a, float* squares, int channels) {
-    for (int c = 0; c < channels; ++c) squares[c] = load(a[c]) * load(a[c]);
+void square(const T* rows, float* squares, int64_t count, int channels) {
+    for (int64_t row = 0; row < count; ++row) {
+        const T* a = rows + row * channels;
+        float* q = squares + row * (channels + 2 * HALF) + HALF;
+        for (int c = 0; c < channels; ++c) q[c] = load(a[c]) * load(a[c]);
+    }
 }
 
 template <class T>
@@ -69,8 +61,7 @@ void forward(const T* x, T* y, int64_t rows, int channels, float alpha, float k,
 #pragma omp for
         for (int64_t first = 0; first < rows; first += tile) {
             const int64_t count = std::min(tile, rows - first);
-            for (int64_t row = 0; row < count; ++row)
-                square(x + (first + row) * channels, &squares[row * padded + HALF], channels);
+            square(x + first * channels, squares.data(), count, channels);
             for (int64_t row = 0; row < count; ++row) {
                 const T* a = x + (first + row) * channels;
                 T* b = y + (first + row) * channels;
@@ -92,8 +83,7 @@ void backward(const T* x, const T* gy, T* gx, int64_t rows, int channels, float 
 #pragma omp for
         for (int64_t first = 0; first < rows; first += tile) {
             const int64_t count = std::min(tile, rows - first);
-            for (int64_t row = 0; row < count; ++row)
-                square(x + (first + row) * channels, &squares[row * padded + HALF], channels);
+            square(x + first * channels, squares.data(), count, channels);
             for (int64_t row = 0; row < count; ++row) {
                 const T *a = x + (first + row) * channels, *g = gy + (first + row) * channels;
                 const float* q = &squares[row * padded];

@@ -8,21 +8,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <exception>
 #include <new>
 #include <thread>
 #include <vector>
 
-namespace {
+#include "bfloat16.h"
 
-inline void store(float* to, float value) { *to = value; }
-// bfloat16 travels as uint16_t: the upper half of a float, rounded to nearest even.
-inline void store(uint16_t* to, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    *to = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
+namespace {
 
 template <class T>
 struct Pixel {

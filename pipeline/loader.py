@@ -295,11 +295,12 @@ class Loader:
                 outputs = self._pipe.run(*stream)
             # one tensor a batch: DALI refuses records that are not all of one size
             images, labels, *numbers = (torch.from_dlpack(output.as_tensor()) for output in outputs)
-            size = self.preprocess.size
-            if any(shape[:2] != [size, size] for shape in self._shapes(images, numbers)):
-                raise ValueError(f"records are not all of {size}x{size} pixels")
             if self._cutter:
                 images = self._cut(self._cutter, images, *numbers)
+            else:
+                size = self.preprocess.size
+                if any(shape[:2] != [size, size] for shape in numbers[0].tolist()):
+                    raise ValueError(f"records are not all of {size}x{size} pixels")
         except StopIteration:
             with self._watch.inside():
                 self._pipe.reset()
@@ -311,10 +312,6 @@ class Loader:
             raise self._explain(error) from error
         self._iteration += 1
         return images.movedim(-1, -3).to(self._dtype), labels
-
-    def _shapes(self, images: torch.Tensor, numbers: list[torch.Tensor]) -> list[list[int]]:
-        """Of whole images, as decoded or as the graph says."""
-        return [list(images.shape[1:])] if self._cutter else numbers[0].tolist()
 
     def _cut(
         self,

@@ -29,6 +29,14 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def raw_val(class_folders, tmp_path_factory):
+    """The val split as raw records."""
+    out = tmp_path_factory.mktemp("raw-records")
+    build_split(open_source(class_folders / "val", "val"), out, Options(encoding="raw"), workers=1)
+    return out / "val"
+
+
 @needs_compiler
 @given(
     size=st.integers(1, 40),
@@ -78,12 +86,10 @@ def test_training_batches_are_those_of_dalis_operators(dataset, mode, workers):
 
 @needs_compiler
 @pytest.mark.parametrize("ten_crops", [False, True])
-def test_evaluation_and_raw_records_too(class_folders, dataset, tmp_path, ten_crops):
+def test_evaluation_and_raw_records_too(dataset, raw_val, ten_crops):
     """A raw data set, whose records are not decoded at all; the last batch is smaller."""
-    source = open_source(class_folders / "val", "val")
-    build_split(source, tmp_path, Options(encoding="raw"), workers=1)
     preprocess = Preprocess.load(dataset / "train", 224)
-    for data in (dataset / "val", tmp_path / "val"):
+    for data in (dataset / "val", raw_val):
         reader = ShardReader(data)
         for workers in (0, 1):
             options = {"ten_crops": ten_crops, "workers": workers}
@@ -206,14 +212,14 @@ def test_the_kernels_are_part_of_an_installed_package(tmp_path):
     code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
     subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, check=True)
     (wheel,) = copy.glob("*.whl")
-    assert {"native/lrn.cpp", "native/views.cpp"} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {"native/lrn.cpp", "native/views.cpp", "native/bfloat16.h"} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_raw_record_of_another_size_is_named(class_folders, dataset, tmp_path, monkeypatch, fused):
-    source = open_source(class_folders / "val", "val")
-    build_split(source, tmp_path, Options(encoding="raw"), workers=1)
-    reader, read = ShardReader(tmp_path / "val"), ShardReader.read
+def test_a_raw_record_of_another_size_is_named(dataset, raw_val, monkeypatch, fused):
+    reader, read = ShardReader(raw_val), ShardReader.read
 
     def damaged(self, index):
         data, label = read(self, index)

@@ -382,10 +382,10 @@ class Step:
         return len(labels) / self.bench.seconds(lambda: self(images, labels), least=3.0)
 
 
-def held_batch(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.randn(bench.batch, 3, 224, 224, device=bench.device) * 60
-    images = images.to(bench.dtype)
-    labels = torch.randint(0, 1000, (bench.batch,), device=bench.device)
+def held_batch(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(batch, 3, 224, 224, device=device) * 60
+    images = images.to(input_dtype(amp_dtype("auto", device), device))
+    labels = torch.randint(0, 1000, (batch,), device=device)
     return images.to(memory_format=torch.channels_last), labels
 
 
@@ -437,7 +437,7 @@ def reference_rate(device: torch.device, amp: torch.dtype | None, batch: int, le
 
 def bench_step(bench: Bench) -> Iterator[Row]:
     """The paper's step against the matrix-product rate; without LRN; and torchvision's alexnet."""
-    images, labels = held_batch(bench)
+    images, labels = held_batch(bench.batch, bench.device)
     network = AlexNet()
     recipe.initialise(network)
     work = flops(network, images.float().cpu())
@@ -475,7 +475,7 @@ def bench_train(bench: Bench) -> Iterator[Row]:
     network = AlexNet()
     recipe.initialise(network)
     step = Step(bench, network)
-    images, labels = held_batch(bench)
+    images, labels = held_batch(bench.batch, bench.device)
 
     def shards() -> float:
         batches = loader(bench, bench.data, 16)
@@ -522,10 +522,8 @@ def bench_scale(bench: Bench) -> Iterator[Row]:
     sets = {times: bench.work / f"scaled{times}" for times in sizes}
     builds = {times: build(bench.repeated(times), sets[times], bench.workers) for times in sizes}
     starts, memory = {}, {}
-    for (
-        times,
-        data,
-    ) in sets.items():  # each in a process of its own: memory that is kept would be counted again
+    for times, data in sets.items():
+        # each in a process of its own: memory that is kept would be counted again
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             starts[times], memory[times] = pool.submit(first_batch, bench, data).result()
     loads = dict(
@@ -593,9 +591,7 @@ def sent(kind: str, compress: bool, ranks: int, batch: int, width: int) -> float
 def time_layouts(ranks: Ranks, config: dict[str, Any]) -> None:
     """One rank's steps of each layout in turns, on one held batch; the first rank writes the seconds of each."""
     amp, batch = amp_dtype("auto", ranks.device), config["batch"]
-    images = torch.randn(batch, 3, 224, 224, device=ranks.device) * 60
-    images = images.to(input_dtype(amp, ranks.device)).to(memory_format=torch.channels_last)
-    labels = torch.randint(0, 1000, (batch,), device=ranks.device)
+    images, labels = held_batch(batch, ranks.device)
 
     def contestant(kind: str, compress: bool) -> Callable[[], None]:
         network = AlexNet()
