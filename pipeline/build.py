@@ -28,7 +28,7 @@ import lmdb
 import numpy as np
 
 from pipeline import DataError
-from pipeline.prepare import RejectedError, Statistics, encode_bgr, prepare_bgr
+from pipeline.prepare import RejectedError, Statistics, encode_bgr, kernels, prepare_bgr
 from pipeline.raw import RawImage, RawReader, Source
 from pipeline.shards import (
     DATABASE,
@@ -325,6 +325,7 @@ def _write_shards(
     total = len(source.images)
     resumed = done = total - sum(len(job.images) for job in jobs.values())
     progress(done, total)
+    kernels()  # built once, and with a warning if that fails: workers say nothing
     crashes: dict[int, list[int]] = {number: [] for number in jobs}
     with (make_pool or WorkerPool)(write_shard, min(workers, len(jobs))) as pool:
 

@@ -240,7 +240,9 @@ class Loader:
         threads = threads or cpu_threads()
         self._cutter: ViewCutter | None = None
         if fused and device == "cpu":
-            self._cutter = ViewCutter.of(preprocess.mean, preprocess.crop, dtype, threads)
+            # one more than cores: with a batch made ahead, DALI's threads and the reader want them too, and
+            # what is asked for must not come last
+            self._cutter = ViewCutter.of(preprocess.mean, preprocess.crop, dtype, threads + 1)
         self._ten_views: list[torch.Tensor] | None = None
         if ten_crops:
             self._ten_views = [torch.from_numpy(a) for a in ten_views(preprocess.size, preprocess.crop)]

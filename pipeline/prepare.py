@@ -7,9 +7,12 @@ EXIF orientation is ignored, as the makers of ImageNet did: the labels were give
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import re
 import struct
+import warnings
 from collections.abc import Iterator
 
 # What is decoded depends on the file alone, never on the speed of a machine: these bounds keep every image under
@@ -24,6 +27,8 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # refused files are listed 
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
+
+import native  # noqa: E402
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # the first bytes
 MAX_SCANS, MAX_SEGMENTS = 500, 1 << 16  # of a JPEG of any size; real ones have some dozens (PNGs: chunks)
@@ -72,6 +77,22 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int]:
 def scans(data: bytes) -> int:
     """How many scans a decoder goes through in a JPEG: thumbnails and what follows the end do not count."""
     return sum(marker == 0xDA for marker, _ in _segments(data))
+
+
+def _check_scans(data: bytes, width: int, height: int) -> None:
+    """RejectedError for a JPEG that takes too long to decode: too many scans of so many pixels, or segments."""
+    allowed = min(MAX_SCANS, MAX_SCANNED_PIXELS // (width * height))
+    # Looking for the marker everywhere is quicker than walking from segment to segment, and finds it at least as
+    # often. A segment has four bytes or more: a short file has not too many of them either.
+    pairs = (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
+    if len(data) <= 4 * MAX_SEGMENTS and sum(np.count_nonzero(pair == 0xDAFF) for pair in pairs) <= allowed:
+        return
+    count = scans(data)
+    if count > allowed:
+        raise RejectedError(
+            f"{count:,} scans of {width}x{height} pixels, more than the limit of {MAX_SCANS} scans "
+            f"or {MAX_SCANNED_PIXELS:,} pixels in all"
+        )
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
@@ -150,12 +171,7 @@ def prepare_bgr(data: bytes, size: int = 256) -> np.ndarray:
     if width * height > limit:
         raise RejectedError(f"{width}x{height} pixels, more than the limit of {limit:,}")
     if data.startswith(JPEG):
-        count = scans(data)
-        if count > MAX_SCANS or count * width * height > MAX_SCANNED_PIXELS:
-            raise RejectedError(
-                f"{count:,} scans of {width}x{height} pixels, more than the limit of {MAX_SCANS} scans "
-                f"or {MAX_SCANNED_PIXELS:,} pixels in all"
-            )
+        _check_scans(data, width, height)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE)
     except cv2.error as error:
@@ -168,11 +184,60 @@ def prepare_bgr(data: bytes, size: int = 256) -> np.ndarray:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = image[top : top + side, left : left + side]
-    if side != size:
-        # Area averaging does not alias when shrinking; it turns into blocks when enlarging, cubic does not.
-        method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
-        square = cv2.resize(square, (size, size), interpolation=method)
+    # Area averaging does not alias when shrinking; it turns into blocks when enlarging, cubic does not.
+    if side > size:
+        return shrink(square, size)
+    if side < size:
+        square = cv2.resize(square, (size, size), interpolation=cv2.INTER_CUBIC)
     return np.asarray(square)
+
+
+def shrink(square: np.ndarray, size: int) -> np.ndarray:
+    """(side, side, 3) uint8 -> (size, size, 3), size < side: cv2.resize with INTER_AREA, its result bit for bit.
+
+    Rows of `square` may lie apart, as in part of an image. Whole numbers of pixels are averaged by OpenCV, which is
+    quick at that; any other shares of them by native/prepare.cpp, five times as fast.
+    """
+    library = kernels() if len(square) % size else None
+    if library is None:
+        return np.asarray(cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA))
+    return _shrink(library, square, size)
+
+
+def _shrink(library: ctypes.CDLL, square: np.ndarray, size: int) -> np.ndarray:
+    side, stride = len(square), square.strides[0]
+    if square.dtype != np.uint8 or square.shape != (side, side, 3) or square.strides != (stride, 3, 1):
+        raise ValueError(f"not a square of pixels: {square.dtype} {square.shape}, strides {square.strides}")
+    if not 0 < size < side:
+        raise ValueError(f"{size} pixels are not fewer than {side}")
+    out = np.empty((size, size, 3), np.uint8)
+    numbers = (
+        ctypes.c_int64(stride),
+        ctypes.c_int64(side),
+        ctypes.c_void_p(out.ctypes.data),
+        ctypes.c_int64(size),
+    )
+    if library.shrink_image(ctypes.c_void_p(square.ctypes.data), *numbers):
+        raise MemoryError("no memory for a row of pixels")
+    return out
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """native/prepare.cpp; None, with a warning, where it cannot be built or the OpenCV here gives other results."""
+    slower = "images are prepared by OpenCV alone, slower"
+    library = native.library("prepare", slower, "-ffp-contract=off")
+    random = np.random.default_rng(0)
+    if library is None:
+        return None
+    for side, size in ((375, 256), (90, 40), (150, 32)):
+        probe = random.integers(0, 256, (side, side, 3), np.uint8)
+        expected = cv2.resize(probe, (size, size), interpolation=cv2.INTER_AREA)
+        if not np.array_equal(_shrink(library, probe, size), expected):
+            # it may be built to round once where its source says twice
+            warnings.warn(f"{slower}: it rounds otherwise than native/prepare.cpp", stacklevel=2)
+            return None
+    return library
 
 
 def encode(rgb: np.ndarray, encoding: str, quality: int = 90) -> bytes:
@@ -211,35 +276,51 @@ class Statistics:
     Integers add up to the same in any order, so workers and interruptions cannot change the result.
     """
 
-    # float32 holds integers exactly below 2**24, which 255 * 65,793 just fits.
-    _FLUSH = 65_000
-
     def __init__(self, size: int) -> None:
         self.count = 0
         self.sums = np.zeros((size, size, 3), np.int64)
         self.products = [[0] * 3 for _ in range(3)]
-        # OpenCV adds bytes to floats several times as fast as NumPy adds them to integers.
-        self._recent = np.zeros((size, size, 3), np.float32)
+        self._library = kernels()
+        # Small sums are added to quickly. So many images fit: 255 * 257 is below 2**16, and float32, which
+        # OpenCV adds bytes to, holds integers exactly below 2**24.
+        self._flush_every = 257 if self._library else 65_000
+        self._recent = np.zeros((size, size, 3), np.uint16 if self._library else np.float32)
+        self._recent_products = np.zeros(6, np.int64)  # of the channels 00, 11, 22, 01, 12, 02 of BGR
         self._planes = [np.empty((size, size), np.uint8) for _ in range(3)]
 
     def add_bgr(self, bgr: np.ndarray) -> None:
-        """Count one (size, size, 3) uint8 image in OpenCV's order of channels."""
+        """Count one (size, size, 3) uint8 image in OpenCV's order of channels, up to the next `flush`."""
+        if self._library is not None:
+            bgr = np.ascontiguousarray(bgr)
+            if bgr.dtype != np.uint8 or bgr.shape != self.sums.shape:
+                raise ValueError(f"not an image of these statistics: {bgr.dtype} {bgr.shape}")
+            arrays = (bgr, self._recent, self._recent_products)
+            pixels = ctypes.c_int64(bgr.size // 3)
+            self._library.add_image(*(ctypes.c_void_p(array.ctypes.data) for array in arrays), pixels)
+        else:
+            cv2.accumulate(bgr, self._recent)
+            self._recent_products += self._products(bgr)
         self.count += 1
-        cv2.accumulate(bgr, self._recent)
-        if self.count % self._FLUSH == 0:
+        if self.count % self._flush_every == 0:
             self.flush()
-        planes = cv2.split(bgr, self._planes)[::-1]
-        # Sums of squares of bytes are exact in OpenCV and vectorised, and 2xy = x² + y² − (x−y)².
+
+    def _products(self, bgr: np.ndarray) -> list[int]:
+        """As `_recent_products`, of one image, by OpenCV, whose sums of squares of bytes are exact and quick."""
+        planes = cv2.split(bgr, self._planes)
         squares = [round(cv2.norm(plane, cv2.NORM_L2SQR)) for plane in planes]
-        for i in range(3):
-            self.products[i][i] += squares[i]
-            for j in range(i):
-                difference = round(cv2.norm(planes[i], planes[j], cv2.NORM_L2SQR))
-                product = (squares[i] + squares[j] - difference) // 2
-                self.products[i][j] += product
-                self.products[j][i] += product
+        mixed = []
+        for i, j in ((0, 1), (1, 2), (0, 2)):
+            difference = round(cv2.norm(planes[i], planes[j], cv2.NORM_L2SQR))
+            mixed.append((squares[i] + squares[j] - difference) // 2)  # 2xy = x² + y² − (x−y)²
+        return squares + mixed
 
     def flush(self) -> None:
-        """Bring `sums` up to date."""
+        """Bring `sums` and `products` up to date."""
         self.sums += self._recent[:, :, ::-1].astype(np.int64)
+        bb, gg, rr, bg, gr, br = map(int, self._recent_products)
+        recent = ((rr, gr, br), (gr, gg, bg), (br, bg, bb))
+        self.products = [
+            [a + b for a, b in zip(*rows, strict=True)] for rows in zip(self.products, recent, strict=True)
+        ]
         self._recent[:] = 0
+        self._recent_products[:] = 0

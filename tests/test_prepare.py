@@ -5,18 +5,30 @@ import io
 import os
 import struct
 import time
+import warnings
 import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import native
 import pipeline.prepare
-from pipeline.prepare import MAX_PIXELS, RejectedError, Statistics, decode, dimensions, encode, prepare, scans
+from pipeline.prepare import (
+    MAX_PIXELS,
+    RejectedError,
+    Statistics,
+    decode,
+    dimensions,
+    encode,
+    prepare,
+    scans,
+    shrink,
+)
 
 
 @pytest.fixture(scope="module")
@@ -288,9 +300,95 @@ def test_a_record_of_another_size_does_not_decode(photo: Image.Image) -> None:
     assert decode(data, 256) is None and decode(data[:50], 512) is None
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(0, 255), st.integers(1, 256)), max_size=6))
-def test_statistics_are_exact(seeds: list[tuple[int, int, int]]) -> None:
+@pytest.fixture(params=["native", "opencv"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the C++ of native/prepare.cpp, and without."""
+    kind: str = request.param
+    if kind == "opencv":
+        monkeypatch.setattr(pipeline.prepare, "kernels", lambda: None)
+    elif pipeline.prepare.kernels() is None:
+        pytest.skip("no C++ compiler, or an OpenCV that rounds otherwise")
+    return kind
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(1, 70), more=st.integers(1, 300), left=st.integers(0, 9), seed=st.integers(0, 2**32))
+def test_shrinking_averages_areas_as_opencv_does(
+    kernels: str, size: int, more: int, left: int, seed: int
+) -> None:
+    side = size + more
+    image = np.random.default_rng(seed).integers(0, 256, (side + 2, side + 13, 3), np.uint8)
+    square = image[1 : side + 1, left : left + side]
+    ours = shrink(square, size)
+    assert np.array_equal(ours, cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA))
+    # and both are the mean of what lies under each pixel, here by NumPy: the share of each row, and each column
+    edges = np.arange(size + 1) * (side / size)
+    starts, pixel = edges[:-1, None], np.arange(side)
+    share = np.clip(np.minimum(pixel + 1, edges[1:, None]) - np.maximum(pixel, starts), 0, None) * size / side
+    assert np.abs(ours - np.einsum("yi,ijc,xj->yxc", share, square, share, optimize=True)).max() < 0.502
+
+
+def test_photographs_are_shrunk_as_opencv_does(kernels: str, photos: dict[str, Path]) -> None:
+    for path in photos.values():
+        image = cv2.imread(str(path))
+        side = min(image.shape[:2])
+        square = image[:side, -side:]
+        for size in (32, 100, 256) if side > 256 else (32,):
+            expected = cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA)
+            assert np.array_equal(shrink(square, size), expected)
+
+
+def test_what_the_kernel_cannot_take_is_refused() -> None:
+    library = pipeline.prepare.kernels()
+    if library is None:
+        pytest.skip("no C++ compiler, or an OpenCV that rounds otherwise")
+    square = np.zeros((9, 9, 3), np.uint8)
+    for wrong in (
+        square[:8],
+        square[..., :2],
+        square[:, ::-1],
+        square.astype(np.int8),
+        square.swapaxes(0, 1),
+    ):
+        with pytest.raises(ValueError, match="not a square of pixels"):
+            pipeline.prepare._shrink(library, wrong, 4)
+    for size in (0, 9, 10):
+        with pytest.raises(ValueError, match="not fewer than 9"):
+            pipeline.prepare._shrink(library, square, size)
+    with pytest.raises(ValueError, match="not an image of these statistics"):
+        Statistics(8).add_bgr(square)
+
+
+@pytest.mark.parametrize("environment", [{"CXX": "/no/such/compiler"}, {"ALEXNET_NATIVE": "0"}, {}], ids=str)
+def test_without_the_kernel_opencv_does_it(
+    photo: Image.Image, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    expected = prepare(_file(photo, "PNG"), 300)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not environment:  # an OpenCV that rounds otherwise
+        resize = cv2.resize
+        monkeypatch.setattr(cv2, "resize", lambda *args, **kwargs: resize(*args, **kwargs) // 2)
+        expected = expected // 2
+    caches = native._load, pipeline.prepare.kernels
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert np.array_equal(prepare(_file(photo, "PNG"), 300), expected)
+            assert np.array_equal(prepare(_file(photo, "PNG"), 300), expected)
+        said = [str(w.message) for w in warned if "prepared by OpenCV alone" in str(w.message)]
+        assert len(said) == ("ALEXNET_NATIVE" not in environment)
+        assert all("no/such/compiler" in line or "rounds otherwise" in line for line in said)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seeds=st.lists(st.tuples(st.integers(0, 2**32), st.integers(0, 255), st.integers(1, 256)), max_size=6))
+def test_statistics_are_exact(kernels: str, seeds: list[tuple[int, int, int]]) -> None:
     statistics = Statistics(17)
     sums, products = np.zeros((17, 17, 3), np.int64), np.zeros((3, 3), np.int64)
     for seed, low, span in seeds:
@@ -305,7 +403,7 @@ def test_statistics_are_exact(seeds: list[tuple[int, int, int]]) -> None:
     assert statistics.products == products.tolist()
 
 
-def test_statistics_stay_exact_beyond_float_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_stay_exact_beyond_float_range(kernels: str) -> None:
     white = np.full((1, 1, 3), 255, np.uint8)
     statistics = Statistics(1)
     for _ in range(66_000):
@@ -315,4 +413,5 @@ def test_statistics_stay_exact_beyond_float_range(monkeypatch: pytest.MonkeyPatc
     assert statistics.products == [[66_000 * 255**2] * 3] * 3
     big = Statistics(1024)
     big.add_bgr(np.full((1024, 1024, 3), 255, np.uint8))
+    big.flush()
     assert big.products == [[1024**2 * 255**2] * 3] * 3

@@ -212,7 +212,7 @@ def test_the_kernels_are_part_of_an_installed_package(tmp_path):
     code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
     subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, check=True)
     (wheel,) = copy.glob("*.whl")
-    assert {"native/lrn.cpp", "native/views.cpp", "native/bfloat16.h"} <= set(
+    assert {"native/lrn.cpp", "native/prepare.cpp", "native/views.cpp", "native/bfloat16.h"} <= set(
         zipfile.ZipFile(wheel).namelist()
     )
 

@@ -37,7 +37,7 @@ from model.lrn import LRN
 from model.parallel import Ranks, keep_freed_memory, launch
 from pipeline.loader import Loader, Preprocess, cpu_threads, train_loader
 from pipeline.plan import Plan
-from pipeline.prepare import encode, prepare
+from pipeline.prepare import RejectedError, encode_bgr, prepare_bgr
 from pipeline.shards import Manifest, ShardReader
 from tools.peers import import_torchvision
 from train import amp_dtype, input_dtype
@@ -45,7 +45,7 @@ from train import amp_dtype, input_dtype
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("build", "read", "load", "lrn", "step", "train", "scale", "ranks")
 IMAGENET, IMAGENET_21K = 1_281_167, 15_000_000
-BUILD_IMAGES = 8_000  # at least, where a build is timed
+BUILD_IMAGES, LOAD_IMAGES = 16_000, 12_000  # so many are timed: at least; about, a multiple of batches
 
 
 @dataclass
@@ -172,14 +172,45 @@ def build_rate(source: Path, out: Path, workers: int) -> float:
     return build(source, out, workers).rate
 
 
-def bare_loop(files: list[Path]) -> float:
-    """Decode, resize, encode of files that are in memory: images a second of this process."""
-    cv2.setNumThreads(1)
+def timed(files: list[Path], work: Callable[[bytes], object]) -> float:
+    """Files that are in memory, one after the other: images a second of this process."""
     contents = [path.read_bytes() for path in files]
     began = time.perf_counter()
     for content in contents:
-        encode(prepare(content), "jpeg", 90)
+        work(content)
     return len(contents) / (time.perf_counter() - began)
+
+
+def opencv_loop(files: list[Path]) -> float:
+    """Decode, resize, encode by OpenCV and nothing else."""
+    cv2.setNumThreads(1)
+
+    def convert(content: bytes) -> None:
+        image = cv2.imdecode(
+            np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+        if image is None:  # a build lists it; here it costs its time
+            return
+        height, width = image.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = image[top : top + side, left : left + side]
+        method = cv2.INTER_AREA if side > 256 else cv2.INTER_CUBIC
+        square = cv2.resize(square, (256, 256), interpolation=method)
+        cv2.imencode(".jpg", square, [cv2.IMWRITE_JPEG_QUALITY, 90])
+
+    return timed(files, convert)
+
+
+def own_loop(files: list[Path]) -> float:
+    """The same by the build's functions: what is left of its work without files, checksums, statistics, LMDB."""
+    cv2.setNumThreads(1)
+
+    def convert(content: bytes) -> None:
+        with suppress(RejectedError):
+            encode_bgr(prepare_bgr(content), "jpeg", 90)
+
+    return timed(files, convert)
 
 
 def pillow_loop(files: list[Path]) -> float:
@@ -208,20 +239,26 @@ def at_once(
 
 
 def bench_build(bench: Bench) -> Iterator[Row]:
-    """The whole command against the bare loop and a converter with Pillow, as many of each at once as workers."""
+    """The whole command against bare loops and a converter with Pillow, as many of each at once as workers."""
     times = math.ceil(BUILD_IMAGES / len(bench.files))
     source = bench.repeated(times)  # so many that start-up counts for little, as with ImageNet
     for workers in sorted({1, bench.workers}):
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            at_once(pool, workers, bare_loop, bench.files)  # starts the processes
-            ours, limit, peer = bench.rates(
+            at_once(pool, workers, own_loop, bench.files)  # starts the processes
+            ours, limit, own, peer = bench.rates(
                 partial(build_rate, source, bench.work / "built", workers),
-                partial(at_once, pool, workers, bare_loop, bench.files),
+                partial(at_once, pool, workers, opencv_loop, bench.files),
+                partial(at_once, pool, workers, own_loop, bench.files),
                 partial(at_once, pool, workers, pillow_loop, bench.files),
             )
         yield Row(
             "build", f"{workers} workers, {times * len(bench.files):,} images, whole command", "images/s", ours,
-            limit, f"bare decode+resize+encode, {workers} at once", peer, f"Pillow loop, {workers} at once",
+            limit, f"OpenCV's decode+resize+encode in a bare loop, {workers} at once",
+            peer, f"Pillow loop, {workers} at once",
+        )  # fmt: skip
+        yield Row(
+            "build", f"{workers} workers, against its own functions in a bare loop", "images/s", ours,
+            own, f"{workers} at once",
         )  # fmt: skip
 
 
@@ -258,14 +295,14 @@ def loader(bench: Bench, data: Path, steps: int, mean: str = "pixel", prefetch: 
     )  # fmt: skip
 
 
-def load_rate(bench: Bench, data: Path, mean: str = "pixel", images: int = 4000) -> float:
-    """Images a second out of the loader, start-up and the first, prefetched batches left out.
+def load_rate(bench: Bench, data: Path, mean: str = "pixel") -> float:
+    """Images a second out of the loader, start-up and the first batches, for which memory is new, left out.
 
     A batch is made ahead: here nothing else wants the cores.
     """
-    steps = max(8, images // bench.batch)
-    batches = loader(bench, data, steps + 4, mean, prefetch=2)
-    for _ in range(4):
+    steps, first = max(8, LOAD_IMAGES // bench.batch), 8
+    batches = loader(bench, data, first + steps, mean, prefetch=2)
+    for _ in range(first):
         next(batches)
     bench.sync()
     began, done = time.perf_counter(), 0
@@ -285,13 +322,13 @@ def bench_load(bench: Bench) -> Iterator[Row]:
 
     def bare() -> float:
         with ThreadPoolExecutor(bench.threads) as pool:
-            began = time.perf_counter()
-            for _ in range(max(1, 4000 // len(records))):
+            began, times = time.perf_counter(), max(1, LOAD_IMAGES // len(records))
+            for _ in range(times):
                 for _ in pool.map(
                     lambda record: cv2.imdecode(record, cv2.IMREAD_COLOR), records, chunksize=32
                 ):
                     pass
-            return max(1, 4000 // len(records)) * len(records) / (time.perf_counter() - began)
+            return times * len(records) / (time.perf_counter() - began)
 
     def torchvision_loader() -> float:
         tv = import_torchvision()
@@ -517,8 +554,12 @@ def first_batch(bench: Bench, data: Path) -> tuple[float, int]:
 
 
 def bench_scale(bench: Bench) -> Iterator[Row]:
-    """The same rates at 1, 2, 4 and 8 times the images; the sampler's start at the size of ImageNet and -21k."""
-    sizes = (1, 2, 4, 8)
+    """The same rates at 1, 2, 4 and 8 times the images; the sampler's start at the size of ImageNet and -21k.
+
+    The first size has enough images for the start of a build to count for little.
+    """
+    base = math.ceil(BUILD_IMAGES / len(bench.files))
+    sizes = (base, 2 * base, 4 * base, 8 * base)
     sets = {times: bench.work / f"scaled{times}" for times in sizes}
     builds = {times: build(bench.repeated(times), sets[times], bench.workers) for times in sizes}
     starts, memory = {}, {}
@@ -530,21 +571,23 @@ def bench_scale(bench: Bench) -> Iterator[Row]:
         zip(sizes, bench.rates(*(partial(load_rate, bench, sets[times]) for times in sizes)), strict=True)
     )
     for times in sizes:
-        size = f"{times} x {len(bench.files):,} images"
+        size = f"{times // base} x {base * len(bench.files):,} images"
         yield Row(
-            "scale", f"build, {size}", "images/s", builds[times].rate, builds[1].rate, "the rate at 1 x"
+            "scale", f"build, {size}", "images/s", builds[times].rate, builds[base].rate, "the rate at 1 x"
         )
-        yield Row("scale", f"load, {size}", "images/s", loads[times], loads[1], "the rate at 1 x")
-        yield Row("scale", f"first batch after start, {size}", "s", starts[times], starts[1], "at 1 x")
+        yield Row("scale", f"load, {size}", "images/s", loads[times], loads[base], "the rate at 1 x")
+        yield Row("scale", f"first batch after start, {size}", "s", starts[times], starts[base], "at 1 x")
         yield Row(
             "scale",
             f"build's largest process, {size}",
             "MB",
             builds[times].peak / 1e6,
-            builds[1].peak / 1e6,
+            builds[base].peak / 1e6,
             "at 1 x",
         )
-        yield Row("scale", f"loader's memory, {size}", "MB", memory[times] / 1e6, memory[1] / 1e6, "at 1 x")
+        yield Row(
+            "scale", f"loader's memory, {size}", "MB", memory[times] / 1e6, memory[base] / 1e6, "at 1 x"
+        )
         shutil.rmtree(sets[times])
     for count in (IMAGENET, IMAGENET_21K):
         began = time.perf_counter()
