@@ -2,8 +2,8 @@
 //
 // A row of a crop is contiguous in the image, in the mean image and in the output, so that one plain loop, which
 // compilers turn into vector instructions, does all of the arithmetic. A mirrored row is made in a buffer that stays
-// in the first-level cache and copied from there pixel by pixel, last pixel first. Threads live for one call: OpenMP's would spin for a
-// while after it, where DALI's threads want the cores for the next batch.
+// in the first-level cache and copied from there pixel by pixel, last pixel first. Threads live for one call: OpenMP's
+// would spin for a while after it, where DALI's threads want the cores for the next batch.
 
 #include <algorithm>
 #include <atomic>

@@ -325,7 +325,8 @@ def _write_shards(
     total = len(source.images)
     resumed = done = total - sum(len(job.images) for job in jobs.values())
     progress(done, total)
-    kernels()  # built once, and with a warning if that fails: workers say nothing
+    if jobs:
+        kernels()  # built once, and with a warning if that fails: workers say nothing
     crashes: dict[int, list[int]] = {number: [] for number in jobs}
     with (make_pool or WorkerPool)(write_shard, min(workers, len(jobs))) as pool:
 

@@ -211,13 +211,14 @@ def _shrink(library: ctypes.CDLL, square: np.ndarray, size: int) -> np.ndarray:
     if not 0 < size < side:
         raise ValueError(f"{size} pixels are not fewer than {side}")
     out = np.empty((size, size, 3), np.uint8)
-    numbers = (
+    failed = library.shrink_image(
+        ctypes.c_void_p(square.ctypes.data),
         ctypes.c_int64(stride),
         ctypes.c_int64(side),
         ctypes.c_void_p(out.ctypes.data),
         ctypes.c_int64(size),
     )
-    if library.shrink_image(ctypes.c_void_p(square.ctypes.data), *numbers):
+    if failed:
         raise MemoryError("no memory for a row of pixels")
     return out
 
@@ -227,9 +228,9 @@ def kernels() -> ctypes.CDLL | None:
     """native/prepare.cpp; None, with a warning, where it cannot be built or the OpenCV here gives other results."""
     slower = "images are prepared by OpenCV alone, slower"
     library = native.library("prepare", slower, "-ffp-contract=off")
-    random = np.random.default_rng(0)
     if library is None:
         return None
+    random = np.random.default_rng(0)
     for side, size in ((375, 256), (90, 40), (150, 32)):
         probe = random.integers(0, 256, (side, side, 3), np.uint8)
         expected = cv2.resize(probe, (size, size), interpolation=cv2.INTER_AREA)

@@ -45,7 +45,8 @@ from train import amp_dtype, input_dtype
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("build", "read", "load", "lrn", "step", "train", "scale", "ranks")
 IMAGENET, IMAGENET_21K = 1_281_167, 15_000_000
-BUILD_IMAGES, LOAD_IMAGES = 16_000, 12_000  # so many are timed: at least; about, a multiple of batches
+BUILD_IMAGES = 16_000  # at least, where a build is timed: its start then counts for little, as with ImageNet
+LOAD_IMAGES = 12_000  # about so many, where a loader or decoding is timed
 
 
 @dataclass
@@ -84,6 +85,11 @@ class Bench:
     @property
     def files(self) -> list[Path]:
         return sorted(p for p in (self.photographs / "train").rglob("*") if p.is_file())
+
+    @property
+    def enough(self) -> int:
+        """How many times the photographs are BUILD_IMAGES."""
+        return math.ceil(BUILD_IMAGES / len(self.files))
 
     def repeated(self, times: int) -> Path:
         """A folder with every training photograph `times` times (links)."""
@@ -173,7 +179,8 @@ def build_rate(source: Path, out: Path, workers: int) -> float:
 
 
 def timed(files: list[Path], work: Callable[[bytes], object]) -> float:
-    """Files that are in memory, one after the other: images a second of this process."""
+    """Files that are in memory, one after the other: images a second of this process, on one thread."""
+    cv2.setNumThreads(1)
     contents = [path.read_bytes() for path in files]
     began = time.perf_counter()
     for content in contents:
@@ -183,7 +190,6 @@ def timed(files: list[Path], work: Callable[[bytes], object]) -> float:
 
 def opencv_loop(files: list[Path]) -> float:
     """Decode, resize, encode by OpenCV and nothing else."""
-    cv2.setNumThreads(1)
 
     def convert(content: bytes) -> None:
         image = cv2.imdecode(
@@ -204,7 +210,6 @@ def opencv_loop(files: list[Path]) -> float:
 
 def own_loop(files: list[Path]) -> float:
     """The same by the build's functions: what is left of its work without files, checksums, statistics, LMDB."""
-    cv2.setNumThreads(1)
 
     def convert(content: bytes) -> None:
         with suppress(RejectedError):
@@ -240,8 +245,7 @@ def at_once(
 
 def bench_build(bench: Bench) -> Iterator[Row]:
     """The whole command against bare loops and a converter with Pillow, as many of each at once as workers."""
-    times = math.ceil(BUILD_IMAGES / len(bench.files))
-    source = bench.repeated(times)  # so many that start-up counts for little, as with ImageNet
+    source, images = bench.repeated(bench.enough), bench.enough * len(bench.files)
     for workers in sorted({1, bench.workers}):
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             at_once(pool, workers, own_loop, bench.files)  # starts the processes
@@ -252,7 +256,7 @@ def bench_build(bench: Bench) -> Iterator[Row]:
                 partial(at_once, pool, workers, pillow_loop, bench.files),
             )
         yield Row(
-            "build", f"{workers} workers, {times * len(bench.files):,} images, whole command", "images/s", ours,
+            "build", f"{workers} workers, {images:,} images, whole command", "images/s", ours,
             limit, f"OpenCV's decode+resize+encode in a bare loop, {workers} at once",
             peer, f"Pillow loop, {workers} at once",
         )  # fmt: skip
@@ -554,14 +558,12 @@ def first_batch(bench: Bench, data: Path) -> tuple[float, int]:
 
 
 def bench_scale(bench: Bench) -> Iterator[Row]:
-    """The same rates at 1, 2, 4 and 8 times the images; the sampler's start at the size of ImageNet and -21k.
-
-    The first size has enough images for the start of a build to count for little.
-    """
-    base = math.ceil(BUILD_IMAGES / len(bench.files))
-    sizes = (base, 2 * base, 4 * base, 8 * base)
+    """The same rates at 1, 2, 4 and 8 times BUILD_IMAGES; the sampler's start at the size of ImageNet and -21k."""
+    sizes = (1, 2, 4, 8)
     sets = {times: bench.work / f"scaled{times}" for times in sizes}
-    builds = {times: build(bench.repeated(times), sets[times], bench.workers) for times in sizes}
+    builds = {
+        times: build(bench.repeated(times * bench.enough), sets[times], bench.workers) for times in sizes
+    }
     starts, memory = {}, {}
     for times, data in sets.items():
         # each in a process of its own: memory that is kept would be counted again
@@ -571,23 +573,21 @@ def bench_scale(bench: Bench) -> Iterator[Row]:
         zip(sizes, bench.rates(*(partial(load_rate, bench, sets[times]) for times in sizes)), strict=True)
     )
     for times in sizes:
-        size = f"{times // base} x {base * len(bench.files):,} images"
+        size = f"{times} x {bench.enough * len(bench.files):,} images"
         yield Row(
-            "scale", f"build, {size}", "images/s", builds[times].rate, builds[base].rate, "the rate at 1 x"
+            "scale", f"build, {size}", "images/s", builds[times].rate, builds[1].rate, "the rate at 1 x"
         )
-        yield Row("scale", f"load, {size}", "images/s", loads[times], loads[base], "the rate at 1 x")
-        yield Row("scale", f"first batch after start, {size}", "s", starts[times], starts[base], "at 1 x")
+        yield Row("scale", f"load, {size}", "images/s", loads[times], loads[1], "the rate at 1 x")
+        yield Row("scale", f"first batch after start, {size}", "s", starts[times], starts[1], "at 1 x")
         yield Row(
             "scale",
             f"build's largest process, {size}",
             "MB",
             builds[times].peak / 1e6,
-            builds[base].peak / 1e6,
+            builds[1].peak / 1e6,
             "at 1 x",
         )
-        yield Row(
-            "scale", f"loader's memory, {size}", "MB", memory[times] / 1e6, memory[base] / 1e6, "at 1 x"
-        )
+        yield Row("scale", f"loader's memory, {size}", "MB", memory[times] / 1e6, memory[1] / 1e6, "at 1 x")
         shutil.rmtree(sets[times])
     for count in (IMAGENET, IMAGENET_21K):
         began = time.perf_counter()
