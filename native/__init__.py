@@ -20,6 +20,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+SECONDS_TO_BUILD = 120.0  # a second on an idle machine; a compiler that hangs is done without
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
 
 
@@ -65,6 +66,7 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
                 check=True,
                 text=True,
                 errors="replace",
+                timeout=SECONDS_TO_BUILD,
             )
             # Ranks may build at once: each moves a whole file into place. If the home cannot be written, the
             # next process builds again.
@@ -76,5 +78,5 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.splitlines()
         return next((line for line in lines if "error" in line), str(error))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         return str(error)

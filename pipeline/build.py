@@ -37,6 +37,7 @@ from pipeline.shards import (
     MEAN,
     Manifest,
     ShardWriter,
+    foreign,
     fsync_directory,
     pca_of_moments,
     shard_name,
@@ -66,6 +67,7 @@ class Summary:
     """What a build did; `accepted` + `rejected` is every image of the source."""
 
     split_dir: Path
+    classes: int
     accepted: int
     rejected: list[dict[str, str]]
     resumed: int  # images in shards that an earlier, interrupted run had finished
@@ -113,7 +115,7 @@ def build_split(
             manifest = Manifest.load(final)
             if manifest.fingerprint == fingerprint:
                 _remove_replaced(final)  # if it was killed before that
-                return Summary(final, manifest.count, manifest.rejected, total, time.monotonic() - started)
+                return _summary(final, manifest, total, started)
             raise DataError(
                 f"{final} was built from other images or with other options: replace it with --overwrite"
             )
@@ -130,7 +132,12 @@ def build_split(
             os.close(lock)
     except OSError as error:
         raise _disk_error(error, out) from None
-    return Summary(final, manifest.count, manifest.rejected, resumed, time.monotonic() - started)
+    return _summary(final, manifest, resumed, started)
+
+
+def _summary(final: Path, manifest: Manifest, resumed: int, started: float) -> Summary:
+    seconds = time.monotonic() - started
+    return Summary(final, len(manifest.classes), manifest.count, manifest.rejected, resumed, seconds)
 
 
 def _plan(source: Source, options: Options) -> list[list[int]]:
@@ -182,6 +189,9 @@ def _claim(
     `stamp` looks at every image: it is called after the refusals only.
     Jobs of a cluster can outlive the build that sent them, and its directory: they know files of other names.
     """
+    for directory in (final, partial, _replaced(final)):
+        if other := foreign(directory):  # --overwrite must not delete it
+            raise DataError(f"{directory} {other}, which is no part of a data set: name another OUT")
     if not (resume or overwrite):
         if partial.exists():
             raise DataError(
@@ -324,9 +334,9 @@ def _write_shards(
             jobs[number] = _ShardJob(number, partial, token, source.path, images, options)
     total = len(source.images)
     resumed = done = total - sum(len(job.images) for job in jobs.values())
+    if jobs and make_pool is None:
+        kernels()  # built before the workers look for it, and with a warning if that fails: they say nothing
     progress(done, total)
-    if jobs:
-        kernels()  # built once, and with a warning if that fails: workers say nothing
     crashes: dict[int, list[int]] = {number: [] for number in jobs}
     with (make_pool or WorkerPool)(write_shard, min(workers, len(jobs))) as pool:
 

@@ -19,16 +19,29 @@ import numpy as np
 from pipeline.plan import Plan, rank_slice
 from pipeline.shards import ShardReader
 
-# one batch of n samples: n records (encoded bytes, or HWC RGB uint8 of raw shards), and arrays over n of
-# label int64 (n,), anchor int32 (n, 2), flip int32 (n,), shift float32 (n, 3) in levels of 0..255
-FeedBatch = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# n records: HWC RGB uint8 of raw shards, or encoded bytes, uint8 (n, longest), zeros after all but the longest
+Records = list[np.ndarray] | np.ndarray
+# one batch of n samples: records, and arrays over n of label int64 (n,), anchor int32 (n, 2), flip int32 (n,),
+# shift float32 (n, 3) in levels of 0..255
+FeedBatch = tuple[Records, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _read(reader: ShardReader, samples: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    records, labels = zip(*(reader.read(int(i)) for i in samples), strict=True)
-    return list(records), np.array(labels, dtype=np.int64)
+def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray]:
+    """The records and labels of `samples`.
+
+    DALI spends some 20 us on every array on its way between processes, half of them in the trainer's main thread:
+    encoded records go as one. Decoders end where an image ends, and `ShardReader` sees to it that it does.
+    """
+    read, labels = zip(*(reader.read(int(i)) for i in samples), strict=True)
+    records: Records = list(read)
+    if read[0].ndim == 1:
+        records = np.empty((len(read), max(map(len, read))), np.uint8)
+        for row, record in zip(records, read, strict=True):
+            row[: len(record)] = record
+            row[len(record) :] = 0
+    return records, np.array(labels, dtype=np.int64)
 
 
 class _Feed:

@@ -175,8 +175,12 @@ def graph(
 
 
 def record_bytes(manifest: Manifest) -> int:
-    """A stored image's size on disk, on average."""
-    return sum(shard["bytes"] for shard in manifest.shards) // max(1, manifest.count)
+    """What a stored image takes on its way from the reader processes, roughly.
+
+    Encoded ones take as much as a batch's longest, which is about twice the average.
+    """
+    average = sum(shard["bytes"] for shard in manifest.shards) // max(1, manifest.count)
+    return average if manifest.encoding == "raw" else 2 * average
 
 
 def cpu_threads(ranks_here: int = 1) -> int:
@@ -238,17 +242,17 @@ class Loader:
         self._device = device
         self._dtype = dtype
         threads = threads or cpu_threads()
-        self._cutter: ViewCutter | None = None
-        if fused and device == "cpu":
-            # one more than cores: with a batch made ahead, DALI's threads and the reader want them too, and
-            # what is asked for must not come last
-            self._cutter = ViewCutter.of(preprocess.mean, preprocess.crop, dtype, threads + 1)
-        self._ten_views: list[torch.Tensor] | None = None
-        if ten_crops:
-            self._ten_views = [torch.from_numpy(a) for a in ten_views(preprocess.size, preprocess.crop)]
         # On the CPU, decoding ahead takes cores from under the step that runs on all of them, and each waits
         # for the other: one after the other is quicker.
         depth = prefetch or (2 if device == "gpu" else 1)
+        self._cutter: ViewCutter | None = None
+        if fused and device == "cpu":
+            # with a batch made ahead, DALI's threads want the cores too, and what is asked for must not come last
+            cutting = threads + (depth > 1)
+            self._cutter = ViewCutter.of(preprocess.mean, preprocess.crop, dtype, cutting)
+        self._ten_views: list[torch.Tensor] | None = None
+        if ten_crops:
+            self._ten_views = [torch.from_numpy(a) for a in ten_views(preprocess.size, preprocess.crop)]
         if workers:
             check_shared_memory(batch * record_bytes(feed.reader.manifest), depth + READ_AHEAD)
         self._pipe: Pipeline = graph(

@@ -23,6 +23,8 @@ from pipeline import DataError
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
 NAME_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
+# two of them in one folder are splits, whatever else a class may be called
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 MAX_FILE_BYTES = 1 << 28  # one compressed image; a larger file is no photograph
 _DEVKIT_MEMBERS = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
 # What tarfile may raise for hostile bytes.
@@ -106,6 +108,12 @@ def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
         elif (source / name).is_dir():
             found[name] = source / name
     if not found:
+        called = [name for name in _folders(source) if name.lower() in SPLIT_NAMES]
+        if len(called) > 1:
+            raise DataError(
+                f"{source} holds {' and '.join(called)}, which are no classes: call them train and val, or build "
+                f"them one by one, as {source / called[0]} with --split train or --split val"
+            )
         return {split or "train": source}
     if split is None:
         return found
@@ -114,6 +122,20 @@ def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
             f"{source} has no {split} split, only {', '.join(found)}: name its folder or tar itself"
         )
     return {split: found[split]}
+
+
+def not_read(source: Path, splits: dict[str, Path]) -> list[str]:
+    """Names of folders beside the train/ and val/ that `find_splits` found: they may have been meant."""
+    found = [path.name for path in splits.values() if path.parent == source and path.is_dir()]
+    return [name for name in _folders(source) if name not in found] if found else []
+
+
+def _folders(path: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones."""
+    try:
+        return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
 def open_source(

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import zlib
 from collections.abc import Sequence
@@ -34,7 +35,9 @@ from pipeline import DataError
 from pipeline.datum_pb2 import Datum
 
 FORMAT_VERSION = 1
-ENCODINGS = ("jpeg", "png", "raw")
+# how images are stored, and the last bytes of a whole file: JPEG's end of image, PNG's last chunk
+ENDS = {"jpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82", "raw": b""}
+ENCODINGS = tuple(ENDS)
 MANIFEST, MEAN, DATABASE, RECORD_CRCS = "manifest.json", "mean.npy", "data.mdb", "crc32.npy"
 
 
@@ -46,6 +49,18 @@ def shard_name(number: int) -> str:
 def record_key(local_index: int) -> bytes:
     """Key of a shard's `local_index`-th record; zero-padded, so that byte order is number order."""
     return b"%08d" % local_index
+
+
+def foreign(split_dir: Path) -> str | None:
+    """What makes `split_dir` something else than a data set: "is a file", "holds n01440764"; None if nothing does.
+
+    Hidden files do not count: some file systems make them by themselves.
+    """
+    if not split_dir.is_dir():
+        return "is a file" if split_dir.exists() else None
+    own = re.compile(rf"shard-\d{{5,}}|{MANIFEST}|{MEAN}|work|.*\.tmp|\..*")
+    other = min((entry.name for entry in split_dir.iterdir() if not own.fullmatch(entry.name)), default=None)
+    return None if other is None else f"holds {other}"
 
 
 def file_sha256(path: Path) -> str:
@@ -106,11 +121,7 @@ class Manifest:
         try:
             content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            split = Path(split_dir).name if Path(split_dir).name in ("train", "val") else "train|val"
-            raise DataError(
-                f"no data set in {split_dir} ({MANIFEST} is missing): "
-                f"build it with `python tools/build_lmdb.py SOURCE {Path(split_dir).parent} --split {split}`"
-            ) from None
+            raise DataError(_no_data_set(Path(split_dir))) from None
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         damaged = f"{path} is damaged: restore it from a copy or build the data set again"
@@ -156,6 +167,22 @@ class Manifest:
         body = json.dumps(values, sort_keys=True).encode()
         values["manifest_sha256"] = hashlib.sha256(body).hexdigest()
         return (json.dumps(values, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _no_data_set(split_dir: Path) -> str:
+    """What to do where there is no manifest."""
+    out, split = split_dir.parent, split_dir.name if split_dir.name in ("train", "val") else "train|val"
+    if (out / MANIFEST).exists():
+        return f"no data set in {split_dir}: {out} is one split of a data set, give {out.parent}"
+    if other := foreign(split_dir):
+        return (
+            f"no data set in {split_dir}, which {other}: build one elsewhere with "
+            f"`python tools/build_lmdb.py {out} OUT` and give OUT"
+        )
+    return (
+        f"no data set in {split_dir} ({MANIFEST} is missing): "
+        f"build it with `python tools/build_lmdb.py SOURCE {out} --split {split}`"
+    )
 
 
 class ShardWriter:
@@ -252,6 +279,7 @@ class ShardReader:
         """Check the manifest and every shard's file size; DataError names what is missing or damaged."""
         self.split_dir = Path(split_dir)
         self.manifest = Manifest.load(self.split_dir)
+        self._end = ENDS[self.manifest.encoding]
         self._ends: list[int] = []  # _ends[s]: first global index after shard s
         end = 0
         for shard in self.manifest.shards:
@@ -303,6 +331,8 @@ class ShardReader:
             datum = Datum.FromString(value)
         except (lmdb.Error, DecodeError) as error:
             raise DataError(self._damage(shard, local, str(error))) from None
+        if not datum.data.endswith(self._end):
+            raise DataError(self._damage(shard, local, "it ends too early"))
         data = np.frombuffer(datum.data, np.uint8)
         if not datum.encoded:
             try:

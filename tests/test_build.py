@@ -217,6 +217,56 @@ def test_existing_output_needs_a_flag(
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
+@pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]])
+@pytest.mark.parametrize("folder", ["train", "train.partial", "train.replaced"])
+def test_what_is_no_data_set_is_never_replaced(
+    class_folders: Path, tmp_path: Path, flag: list, folder: str
+) -> None:
+    """Photographs named as OUT by mistake, or anything else that no build has made."""
+    theirs = tmp_path / folder / "n01440764/photo.jpg"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"a photograph")
+    options = ["--split", "train", "--workers", "1", "--size", "32", *flag]
+    result = CliRunner().invoke(build, [str(class_folders), str(tmp_path), *options])
+    assert result.exit_code == 1 and f"{folder} holds n01440764" in result.output
+    assert theirs.read_bytes() == b"a photograph" and [p.name for p in tmp_path.iterdir()] == [folder]
+
+
+def test_a_source_is_not_its_own_output(class_folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(class_folders, tmp_path / "photos")
+    before = _tree(tmp_path / "photos")
+    result = CliRunner().invoke(build, [str(tmp_path / "photos"), str(tmp_path / "photos"), "--overwrite"])
+    assert result.exit_code == 1 and "name another OUT" in result.output
+    assert _tree(tmp_path / "photos") == before
+
+
+def test_folders_that_may_have_been_meant_are_named(class_folders: Path, tmp_path: Path) -> None:
+    for name, split in (("train", "train"), ("validation", "val")):
+        shutil.copytree(class_folders / split, tmp_path / "photos" / name)
+    options = [str(tmp_path / "out"), "--workers", "2", "--size", "32"]
+    result = CliRunner().invoke(build, [str(tmp_path / "photos"), *options])
+    assert result.exit_code == 0 and "holds validation beside train: not read" in result.output
+    assert f"{len(list((class_folders / 'train').iterdir()))} classes" in result.output
+    (tmp_path / "photos/train").rename(tmp_path / "photos/training")
+    result = CliRunner().invoke(build, [str(tmp_path / "photos"), *options])
+    assert result.exit_code == 1 and "training and validation, which are no classes" in result.output
+
+
+def test_a_build_without_a_compiler_says_so_once(
+    class_folders: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """Of several processes that look for the kernel, and not among the progress."""
+    command = [sys.executable, "tools/build_lmdb.py", str(class_folders), str(tmp_path), "--split", "train"]
+    command += ["--size", "64", "--images-per-shard", "8", "--workers", "2"]
+    environment = {**os.environ, "CXX": "/no/such/compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("ALEXNET_NATIVE", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.count("prepared by OpenCV alone, slower: ") == 1
+    assert _tree(tmp_path / "train") == expected
+    again = subprocess.run([*command, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and "OpenCV alone" not in again.stderr  # nothing was left to do
+
+
 def test_two_builds_at_once_are_refused(class_folders: Path, tmp_path: Path) -> None:
     source = open_source(class_folders / "val", "val")
     (tmp_path / "val.partial").mkdir()

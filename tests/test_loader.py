@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from pipeline import DataError
+from pipeline.build import Options, build_split
 from pipeline.feed import EvalFeed
 from pipeline.loader import MEANS, Preprocess, eval_loader, graph, train_loader
 from pipeline.plan import Plan, rank_slice
+from pipeline.raw import open_source
 from pipeline.shards import Manifest, ShardReader
 
 LEVELS = 1e-3  # tolerance of float32 sums of levels 0..255, in levels
@@ -113,6 +115,18 @@ def test_evaluation_counts_every_image_once_every_time(dataset, batch, world):
     for _ in range(2):
         found = [image.mean().item() for loader in loaders for images, _ in loader for image in images]
         np.testing.assert_allclose(found, expected, atol=0.01)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_png_records_of_any_length_give_the_pixels_of_raw_ones(class_folders, dataset, tmp_path, workers):
+    preprocess = Preprocess.load(dataset / "train")
+    batches = []
+    for encoding in ("png", "raw"):
+        out = tmp_path / encoding
+        build_split(open_source(class_folders / "val", "val"), out, Options(256, encoding, None), workers=1)
+        batches.append(eval_loader(ShardReader(out / "val"), preprocess, 16, workers=workers))
+    for (png, some), (raw, others) in zip(*batches, strict=True):
+        assert torch.equal(png, raw) and torch.equal(some, others)
 
 
 def test_ranks_and_resumption_leave_the_stream_as_it_was(dataset):

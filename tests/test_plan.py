@@ -76,7 +76,7 @@ def test_the_shares_of_all_ranks_tile_the_whole(total, world):
 
 
 class Records:
-    """Stands in for a ShardReader: record i is its own number."""
+    """Stands in for a ShardReader: record i is its own number, in one byte or two."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -85,7 +85,7 @@ class Records:
         return self.count
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
-        return np.array([index]), index
+        return np.frombuffer(index.to_bytes(1 + index // 256, "little"), np.uint8), index
 
 
 def stream(plan: Plan, world: int, first: int, last: int) -> list[bytes]:
@@ -124,7 +124,7 @@ def test_evaluation_feeds_every_image_once_for_any_batch_and_ranks(count, batch,
             except StopIteration:
                 break
             assert 0 < len(records) == len(labels) <= batch
-            seen += [int(record[0]) for record in records]
+            seen += [int.from_bytes(record.tobytes(), "little") for record in records]
     assert sorted(seen) == list(range(count))
 
 

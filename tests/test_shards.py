@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline import DataError
 from pipeline.build import Options, build_split
+from pipeline.datum_pb2 import Datum
 from pipeline.raw import open_source
 from pipeline.shards import Manifest, ShardReader, ShardWriter, pca_of_moments, record_key
 from tools.verify_lmdb import main as verify
@@ -185,6 +187,33 @@ def test_reader_names_the_key_of_a_lost_record(copy: Path) -> None:
             reader.read(index)
     output = CliRunner().invoke(verify, [str(copy / "val")]).output
     assert "key 00000005: not a Datum" in output and "key 00000007: missing" in output
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "png"])
+def test_a_record_cut_short_is_named(class_folders: Path, tmp_path: Path, encoding: str) -> None:
+    """Batches lie in memory with zeros after each record, where a decoder may not miss the end."""
+    options = Options(64, encoding, 90 if encoding == "jpeg" else None)
+    build_split(open_source(class_folders / "val", "val"), tmp_path, options, workers=1)
+    folder, key = tmp_path / "val/shard-00000", record_key(3)
+    with lmdb.open(str(folder), lock=False) as env, env.begin(write=True) as transaction:
+        datum = Datum.FromString(transaction.get(key))
+        datum.data = datum.data[:-1]
+        transaction.put(key, datum.SerializeToString())
+    manifest = Manifest.load(tmp_path / "val")
+    manifest.shards[0]["bytes"] = (folder / "data.mdb").stat().st_size
+    manifest.save(tmp_path / "val")
+    reader = ShardReader(tmp_path / "val")
+    reader.read(2)
+    with pytest.raises(DataError, match=r"shard-00000, key 00000003 .*ends too early"):
+        reader.read(3)
+
+
+def test_what_is_no_data_set_is_said_with_the_way_to_one(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos/train/n01440764").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"train, which holds n01440764: .*build_lmdb.py \S*photos OUT"):
+        ShardReader(tmp_path / "photos/train")
+    with pytest.raises(DataError, match=f"one split of a data set, give {re.escape(str(copy))}$"):
+        ShardReader(copy / "train" / "val")
 
 
 def test_mean_is_checked(copy: Path) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pipeline import DataError
 from pipeline.build import MAX_IMAGES_PER_SHARD, Options, Summary, build_split
 from pipeline.cifar import is_archive, unpacked
-from pipeline.raw import find_splits, open_source
+from pipeline.raw import find_splits, not_read, open_source
 from pipeline.shards import ENCODINGS, MANIFEST, Manifest
 
 DEFAULT_QUALITY = 90
@@ -95,7 +95,7 @@ def main(
     SOURCE is one of:
 
     \b
-      a folder of class folders          SOURCE/<wnid>/**/*.JPEG (any image type)
+      a folder of class folders          SOURCE/<wnid>/**/*.JPEG (JPEG, PNG, GIF, BMP or WebP)
       a folder with train/ and val/      each a folder of class folders, or flat with --labels or --devkit
       the official tars, never unpacked  ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (with the devkit)
       a folder that holds those tars
@@ -127,6 +127,9 @@ def main(
         splits = find_splits(source, split)
         if labels and len(splits) > 1:
             raise click.UsageError("--labels is for one split: give --split train or --split val as well")
+        if more := not_read(source, splits) if split is None else []:
+            names_of_more = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
+            click.echo(f"{source} holds {names_of_more} beside {' and '.join(splits)}: not read", err=True)
         make_pool = click.get_current_context().with_resource(_pools(scheduler, source, out))
         for name, path in splits.items():
             with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:
@@ -181,7 +184,7 @@ def _pools(scheduler: str | None, source: Path, out: Path) -> Iterator[Callable[
     try:
         from pipeline.cluster import Cluster
     except ImportError:
-        raise DataError("--scheduler needs Dask: pip install 'alexnet-dali[cluster]'") from None
+        raise DataError("--scheduler needs Dask: pip install -e '.[cluster]'") from None
     with Cluster(scheduler, source, out) as cluster:
         yield cluster.pool
 
@@ -216,7 +219,8 @@ def _report(summary: Summary) -> None:
     resumed = f" ({summary.resumed:,} from before)" if summary.resumed else ""
     click.echo(
         f"{summary.split_dir}: {accepted + rejected:,} images seen{resumed} = {accepted:,} accepted + "
-        f"{rejected:,} rejected, {summary.seconds:.1f} s, {done / max(summary.seconds, 1e-9):,.0f} images/s"
+        f"{rejected:,} rejected, {summary.classes:,} classes, {summary.seconds:.1f} s, "
+        f"{done / max(summary.seconds, 1e-9):,.0f} images/s"
     )
     for entry in summary.rejected[:SHOWN_REASONS]:
         click.echo(f"  rejected {entry['source']!r}: {entry['reason']}")
