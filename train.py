@@ -391,6 +391,7 @@ def train(ranks: Ranks, config: dict[str, Any]) -> None:
     # ---- log: everything to log.jsonl, an epoch a row to metrics.csv
     with writing(config["out"]):
         log = Log(config, ranks, step)
+    log.say(describe(ranks, amp))
     stop = StopRequest()
 
     def save(is_best: bool = False) -> None:
@@ -540,6 +541,15 @@ def check_finite(network: torch.nn.Module, ranks: Ranks, out: Path) -> None:
         raise diverged("the weights are not finite", out)
 
 
+def describe(ranks: Ranks, amp: torch.dtype | None) -> str:
+    """What the run computes on, and in which type of number: the reason for most differences in speed."""
+    if ranks.gpu:
+        where = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
+    else:
+        where = f"{ranks.world_size} x {torch.get_num_threads()} CPU threads"
+    return f"training on {where}, in {str(amp or torch.float32).removeprefix('torch.')}"
+
+
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     """The autocast type: bfloat16 where the device computes it, float16 on older GPUs, None on older CPUs."""
     if choice == "auto":
@@ -583,7 +593,7 @@ class Log:
     def __init__(self, config: dict[str, Any], ranks: Ranks, step: int) -> None:
         self.on, self.progress = ranks.first, config["progress"]
         self._bar: tqdm | None = None
-        self._last: dict[str, Any] = {}
+        self._epoch: dict[str, Any] = {}  # of the epoch so far: its last line, with the mean loss in it
         if not self.on:
             return
         out: Path = config["out"]
@@ -592,6 +602,8 @@ class Log:
         write_atomic(out / "config.json", (json.dumps(plain, indent=2) + "\n").encode())
         self.jsonl_path, self.csv_path = out / "log.jsonl", out / "metrics.csv"
         self._forget_after(step)
+        if self._epoch.get("step") != step:  # lines are missing
+            self._epoch = {"step": step}
         self.jsonl = self.jsonl_path.open("a")
         self.tensorboard = None
         if config["tensorboard"]:
@@ -603,7 +615,7 @@ class Log:
             try:
                 import wandb
             except ImportError:
-                raise ModelError("--wandb needs its package: pip install 'alexnet-dali[wandb]'") from None
+                raise ModelError("--wandb needs its package: pip install -e '.[wandb]'") from None
             identity = out / "wandb-id"  # a resumed run goes on under its own
             if not (step and identity.exists()):
                 identity.write_text(uuid.uuid4().hex)
@@ -631,11 +643,19 @@ class Log:
             write_atomic(path, text.encode())
 
     def _row(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
-        """The epoch's row of metrics.csv once its validation is known: last training line and validation."""
+        """The epoch's row of metrics.csv once its validation is known.
+
+        `loss` is the mean over the epoch's steps, the rest of its last line. A line's loss is the mean since the
+        line before, wherever a stop put that.
+        """
         if entry["kind"] == "train":
-            self._last = entry
+            before = self._epoch if self._epoch.get("epoch") == entry["epoch"] else {"loss": 0.0, "steps": 0}
+            new = entry["step"] - self._epoch.get("step", 0)  # steps that this line speaks of
+            steps = before["steps"] + new
+            mean = (before["loss"] * before["steps"] + entry["loss"] * new) / steps
+            self._epoch = {**entry, "loss": mean, "steps": steps}
             return []
-        row = {k: self._last.get(k) for k in self.FIELDS[:6]}
+        row = {k: self._epoch.get(k) for k in self.FIELDS[:6]}
         return [row | {"val_loss": entry["loss"], "top1": entry["top1"], "top5": entry["top5"]}]
 
     def write(self, kind: str, **entry: Any) -> None:
@@ -663,7 +683,7 @@ class Log:
             )
         if kind == "val":
             self.say(
-                f"epoch {entry['epoch'] + 1}: train loss {self._last.get('loss', math.nan):.3f}, "
+                f"epoch {entry['epoch'] + 1}: train loss {self._epoch.get('loss', math.nan):.3f}, "
                 f"val loss {entry['loss']:.3f}, top-1 {entry['top1']:.2%}, top-5 {entry['top5']:.2%}"
             )
 

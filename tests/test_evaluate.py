@@ -68,6 +68,15 @@ def expected(probabilities, labels):
     }
 
 
+def test_without_data_it_is_the_runs_own(dataset, tmp_path):
+    run = make_run(tmp_path / "run", dataset)
+    (run / "config.json").write_text(json.dumps({"data": str(dataset)}))
+    assert "24 images of" in invoke(run).output
+    assert "24 images of" in invoke(run / "best.pt").output
+    (run / "config.json").unlink()
+    assert "no data set in data/imagenet/val" in invoke(run, code=1).output
+
+
 @pytest.mark.parametrize("crops", [1, 10])
 def test_one_network_and_an_ensemble_equal_the_slow_reference(runs, reference, dataset, tmp_path, crops):
     invoke(*runs, "--data", dataset, "--crops", crops, "--batch", 50, "--json", tmp_path / "r.json")

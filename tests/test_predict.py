@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -72,6 +73,15 @@ def test_json_text_and_sheet_agree_with_the_network(run, class_folders, tmp_path
     )
     picture = cv2.imread(str(tmp_path / "s.png"))
     assert picture is not None and picture.std() > 20
+
+
+def test_what_is_left_out_of_a_folder_is_counted(run, class_folders, tmp_path):
+    shutil.copytree(class_folders / "val" / "coffee", tmp_path / "photos")
+    for name in ("scan.tiff", "notes.txt", ".hidden"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    done = invoke(run, tmp_path / "photos", "--json", tmp_path / "p.json")
+    assert len(json.loads((tmp_path / "p.json").read_text())) == 6
+    assert done.stderr.count("2 files not called .bmp, ") == 1
 
 
 def test_neighbours_are_the_nearest_of_all_by_fc7(run, dataset, photos, tmp_path):

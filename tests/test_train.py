@@ -40,11 +40,26 @@ def same_weights(a, b):
     return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
+def epoch_losses(out):
+    """metrics.csv's loss of each epoch, and the mean over its steps by log.jsonl."""
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    sums, before = {}, 0
+    for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
+        if entry["kind"] == "train":
+            total, steps = sums.get(entry["epoch"], (0.0, 0))
+            sums[entry["epoch"]] = total + entry["loss"] * (new := entry["step"] - before), steps + new
+            before = entry["step"]
+    return [float(row["loss"]) for row in rows], [total / steps for total, steps in sums.values()]
+
+
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
     """An uninterrupted run of two epochs."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run("--data", dataset, "--out", out, "--epochs", 2, *SMALL)
+    said = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
+    first, second, *_ = said.splitlines()
+    assert re.fullmatch(r"training on 1 x \d+ CPU threads, in (float32|bfloat16)", first)
+    assert f"epoch 1: train loss {epoch_losses(out)[0][0]:.3f}, val loss" in second
     return out
 
 
@@ -57,6 +72,8 @@ def test_a_run_leaves_checkpoints_log_metrics_and_config(whole, dataset):
     rows = list(csv.DictReader((whole / "metrics.csv").open()))
     assert [int(r["step"]) for r in rows] == [steps, 2 * steps]
     assert all(0 <= float(r["data_wait"]) <= 1 and float(r["images_per_s"]) > 0 for r in rows)
+    found, wanted = epoch_losses(whole)
+    assert found == pytest.approx(wanted, rel=1e-9) and len(found) == 2
     state = newest(whole)
     assert (state["epoch"], state["step"], state["seed"], state["variant"]) == (2, 2 * steps, 0, "paper")
     assert json.loads((whole / "config.json").read_text())["global_batch"] == 16
@@ -81,6 +98,10 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path
         for o in (out, whole)
     ]
     assert vals[0] == vals[1]
+    # the stop cut a line of the log in two, and the epoch's mean stays
+    found, wanted = epoch_losses(out)
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert found == pytest.approx(epoch_losses(whole)[0], rel=1e-6)
 
 
 def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):

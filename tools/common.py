@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,28 @@ def load_run(run: Path, device: torch.device | None = None) -> Run:
         step=saved["step"],
         best=saved["best"],
     )
+
+
+def data_option(help: str) -> Callable[[Any], Any]:
+    """--data, None where it is not given: see `data_of`."""
+    return option(
+        "--data", type=click.Path(path_type=Path), show_default="what RUN was trained on", help=help
+    )
+
+
+def data_of(run: Path, data: Path | None) -> Path:
+    """The data set to judge RUN on: the one named, else its own, else data/imagenet."""
+    return data or Path(read_config(checkpoint.find(run).parent).get("data", "data/imagenet"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's options from its config.json; none if it was not kept."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except OSError:
+        return {}
+    except ValueError:
+        raise ModelError(f"{folder / 'config.json'} is damaged: delete it or restore it") from None
 
 
 def class_names(classes: Classes) -> list[str]:

@@ -27,6 +27,8 @@ from tools.common import (
     check_classes,
     check_size,
     class_names,
+    data_of,
+    data_option,
     file_option,
     load_run,
     option,
@@ -42,7 +44,7 @@ NAMED_CLASSES = 40  # as many as can be read along the axes of the confusion pic
 
 @click.command(context_settings=CONTEXT)
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@option("--data", type=click.Path(path_type=Path), default=Path("data/imagenet"), help="Holds val/.")
+@data_option("Holds val/.")
 @option("--split", type=click.Choice(["val", "train"]), default="val", help="The part of DATA to judge on.")
 @option("--crops", type=click.Choice(["1", "10"]), default="1", help="Centre; or corners too, all mirrored.")
 @option("--gpus", type=click.IntRange(0), default=None, show_default="1 if there is one", help="0: the CPU.")
@@ -60,7 +62,7 @@ def main(**config: Any) -> None:
     softmax over the paper's ten crops: four corners, centre, and all mirrored. Preprocessing comes from the
     checkpoint, so only DATA/val is needed. Every image counts exactly once, on any number of GPUs.
     """
-    split_dir = config["data"] / config["split"]
+    split_dir = data_of(config["runs"][0], config["data"]) / config["split"]
     reader = ShardReader(split_dir)
     if under_torchrun():
         gpu, ranks = config["gpus"] != 0 and torch.cuda.is_available(), int(os.environ["WORLD_SIZE"])

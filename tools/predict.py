@@ -163,8 +163,12 @@ def find_images(arguments: Iterable[str]) -> Iterator[str]:
         if argument == "-":
             yield from (line for raw in sys.stdin if (line := raw.rstrip("\r\n")))
         elif Path(argument).is_dir():
-            found = (p for p in Path(argument).rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            yield from map(str, sorted(found))
+            files = sorted(p for p in Path(argument).rglob("[!.]*") if p.is_file())
+            found = [str(p) for p in files if p.suffix.lower() in SUFFIXES]
+            if len(found) < len(files):
+                others = f"{len(files) - len(found)} files not called {', '.join(sorted(SUFFIXES))}"
+                click.echo(f"{argument}: {others} left out", err=True)
+            yield from found
         else:
             yield argument
 

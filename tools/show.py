@@ -28,9 +28,12 @@ from tools.common import (
     TOP,
     Run,
     class_names,
+    data_of,
+    data_option,
     load_run,
     one_device,
     option,
+    read_config,
     run_argument,
     stored_image,
     write_text,
@@ -133,7 +136,11 @@ def batch_figure(reader: ShardReader, plan: Plan, preprocess: Preprocess, step: 
         augmented = inputs[place] + (mean[:, ::-1] if flip else mean)
         said = [f"crop at {top}, {left}", *(["mirrored"] if flip else [])]
         colors = " ".join(f"{round(shift):+d}" for shift in shifts[place].tolist())
-        captions = (shorten(names[int(labels[place])], 26), ", ".join(said), f"input; colour {colors}")
+        captions = (
+            shorten(names[int(labels[place])], 26),
+            ", ".join(said),
+            f"minus the mean; colour {colors}",
+        )
         pictures = (
             stored_image(reader, int(samples[place])),
             np.clip(augmented, 0, 255).round().astype(np.uint8),
@@ -380,7 +387,7 @@ def _color_axes(axes: Any, manifest: Manifest) -> None:
 
 @main.command()
 @run_argument()
-@option("--data", type=click.Path(path_type=Path), default=Path("data/imagenet"), help="Of RUN.")
+@data_option("Judged on its val/.")
 @out_option("report.html")
 @option("--crops", type=click.Choice(["1", "10"]), default="1", help="To evaluate on, as tools/evaluate.py.")
 @option(
@@ -389,14 +396,14 @@ def _color_axes(axes: Any, manifest: Manifest) -> None:
 @option("--workers", type=click.IntRange(0), default=1, help="Processes that read shards; 0: none.")
 @progress_option
 def report(
-    run: Path, data: Path, out: Path, crops: str, gpus: int | None, workers: int, progress: bool
+    run: Path, data: Path | None, out: Path, crops: str, gpus: int | None, workers: int, progress: bool
 ) -> None:
     """One HTML page on RUN: curves, evaluation on DATA/val, guesses, filters, batch and data set.
 
     The page holds its pictures, so it can be moved and mailed as one file.
     """
     trained, log = load_run(run, one_device(gpus)), read_log(run)
-    folder = trained.path.parent
+    folder, data = trained.path.parent, data_of(run, data)
     readers = {split: ShardReader(data / split) for split in ("train", "val")}
     train, val = readers["train"], readers["val"]
     ranks = Ranks(gpu=next(trained.network.parameters()).is_cuda)
@@ -433,16 +440,6 @@ def report(
     page = html_page(f"AlexNet: {folder}", facts, per_class(logp, labels, trained.classes), pictures, config)
     write_text(out, page)
     click.echo(f"wrote {out}")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The run's options from config.json; none if it was not kept."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except OSError:
-        return {}
-    except ValueError:
-        raise ModelError(f"{folder / 'config.json'} is damaged: delete it or restore it") from None
 
 
 def guesses(trained: Run, reader: ShardReader, count: int = 8) -> list[Prediction]:
