@@ -602,8 +602,7 @@ class Log:
         write_atomic(out / "config.json", (json.dumps(plain, indent=2) + "\n").encode())
         self.jsonl_path, self.csv_path = out / "log.jsonl", out / "metrics.csv"
         self._forget_after(step)
-        if self._epoch.get("step") != step:  # lines are missing
-            self._epoch = {"step": step}
+        self._epoch["step"] = step  # later than the last line where some are missing
         self.jsonl = self.jsonl_path.open("a")
         self.tensorboard = None
         if config["tensorboard"]:
@@ -649,12 +648,17 @@ class Log:
         line before, wherever a stop put that.
         """
         if entry["kind"] == "train":
-            before = self._epoch if self._epoch.get("epoch") == entry["epoch"] else {"loss": 0.0, "steps": 0}
             new = entry["step"] - self._epoch.get("step", 0)  # steps that this line speaks of
-            steps = before["steps"] + new
-            mean = (before["loss"] * before["steps"] + entry["loss"] * new) / steps
-            self._epoch = {**entry, "loss": mean, "steps": steps}
+            if new <= 0:  # of a log that somebody put together
+                return []
+            loss, steps = self._epoch.get("loss", 0.0), self._epoch.get("steps", 0)
+            if self._epoch.get("epoch") != entry["epoch"]:
+                loss, steps = 0.0, 0
+            mean = (loss * steps + entry["loss"] * new) / (steps + new)
+            self._epoch = {**entry, "loss": mean, "steps": steps + new}
             return []
+        if self._epoch.get("epoch") != entry["epoch"]:  # its training lines are lost
+            self._epoch = {"epoch": entry["epoch"], "step": entry["step"]}
         row = {k: self._epoch.get(k) for k in self.FIELDS[:6]}
         return [row | {"val_loss": entry["loss"], "top1": entry["top1"], "top5": entry["top5"]}]
 

@@ -50,7 +50,12 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
         # The predefined macros tell the compiler's version and the instruction sets of this CPU, so that a
         # home shared by unlike machines holds a library for each.
         macros = subprocess.run(
-            [*command, "-dM", "-E", os.devnull], capture_output=True, check=True, text=True, errors="replace"
+            [*command, "-dM", "-E", os.devnull],
+            capture_output=True,
+            check=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS_TO_BUILD,
         ).stdout
         key = hashlib.sha256(f"{macros} {_FLAGS} {flags}".encode() + headers + source).hexdigest()[:16]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -189,9 +189,10 @@ def _claim(
     `stamp` looks at every image: it is called after the refusals only.
     Jobs of a cluster can outlive the build that sent them, and its directory: they know files of other names.
     """
-    for directory in (final, partial, _replaced(final)):
-        if other := foreign(directory):  # --overwrite must not delete it
-            raise DataError(f"{directory} {other}, which is no part of a data set: name another OUT")
+    started = partial / "work" / "build.json"
+    ours = started.exists() and not overwrite  # goes on, and nothing in it is deleted
+    for directory in (final, _replaced(final), *([] if ours else [partial])):
+        _refuse_foreign(directory)
     if not (resume or overwrite):
         if partial.exists():
             raise DataError(
@@ -199,8 +200,7 @@ def _claim(
             )
         if final.exists():
             raise DataError(f"{final} already exists: replace it with --overwrite, or name another OUT")
-    work = partial / "work"
-    started = work / "build.json"
+    work = started.parent
     if partial.exists():
         lock = _lock(partial)
         if overwrite:
@@ -243,6 +243,12 @@ def _claim(
     work.mkdir()
     write_atomic(started, json.dumps(content).encode())
     return lock, token
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """DataError instead of deleting what no build has made."""
+    if other := foreign(directory):
+        raise DataError(f"{directory} {other}, which no build made: move it away, or name another OUT")
 
 
 def _remove_tree(directory: Path) -> None:
@@ -506,6 +512,11 @@ def _write_manifest(
 def _publish(partial: Path, final: Path) -> Manifest:
     """Make a complete build visible; safe to repeat after a kill at any line."""
     manifest = Manifest.load(partial)
+    if final.exists():  # maybe it was not there when the build began, hours ago
+        _refuse_foreign(final)
+        started = partial / "work" / "build.json"
+        if started.exists() and not json.loads(started.read_bytes())["overwrite"]:
+            raise DataError(f"{final} has come meanwhile: move it away, then continue with --resume")
     shutil.rmtree(partial / "work", ignore_errors=True)
     if final.exists():
         _remove_replaced(final)
@@ -523,4 +534,5 @@ def _replaced(final: Path) -> Path:
 
 def _remove_replaced(final: Path) -> None:
     if _replaced(final).exists():
+        _refuse_foreign(_replaced(final))
         shutil.rmtree(_replaced(final))

@@ -19,7 +19,8 @@ import numpy as np
 from pipeline.plan import Plan, rank_slice
 from pipeline.shards import ShardReader
 
-# n records: HWC RGB uint8 of raw shards, or encoded bytes, uint8 (n, longest), zeros after all but the longest
+# n records: HWC RGB uint8 of raw shards, or encoded bytes: mostly one array, (n, longest), with zeros behind them
+PADDED = 3  # times as many bytes with those zeros, at most
 Records = list[np.ndarray] | np.ndarray
 # one batch of n samples: records, and arrays over n of label int64 (n,), anchor int32 (n, 2), flip int32 (n,),
 # shift float32 (n, 3) in levels of 0..255
@@ -32,12 +33,14 @@ def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray
     """The records and labels of `samples`.
 
     DALI spends some 20 us on every array on its way between processes, half of them in the trainer's main thread:
-    encoded records go as one. Decoders end where an image ends, and `ShardReader` sees to it that it does.
+    encoded records go as one, unless one is so long that the others would be mostly zeros. Decoders end where an
+    image ends, and `ShardReader` sees to it that it does.
     """
     read, labels = zip(*(reader.read(int(i)) for i in samples), strict=True)
     records: Records = list(read)
-    if read[0].ndim == 1:
-        records = np.empty((len(read), max(map(len, read))), np.uint8)
+    longest = max(map(len, read))
+    if read[0].ndim == 1 and len(read) * longest <= PADDED * sum(map(len, read)):
+        records = np.empty((len(read), longest), np.uint8)
         for row, record in zip(records, read, strict=True):
             row[: len(record)] = record
             row[len(record) :] = 0

@@ -28,7 +28,7 @@ from nvidia import dali
 from nvidia.dali import Pipeline, pipeline_def
 
 from pipeline import DataError
-from pipeline.feed import EvalFeed, TrainFeed
+from pipeline.feed import PADDED, EvalFeed, TrainFeed
 from pipeline.plan import Plan
 from pipeline.prepare import decode
 from pipeline.readers import ReaderWatch, check_shared_memory
@@ -175,12 +175,9 @@ def graph(
 
 
 def record_bytes(manifest: Manifest) -> int:
-    """What a stored image takes on its way from the reader processes, roughly.
-
-    Encoded ones take as much as a batch's longest, which is about twice the average.
-    """
+    """What a stored image takes on its way from the reader processes, at most, and on average."""
     average = sum(shard["bytes"] for shard in manifest.shards) // max(1, manifest.count)
-    return average if manifest.encoding == "raw" else 2 * average
+    return average if manifest.encoding == "raw" else PADDED * average
 
 
 def cpu_threads(ranks_here: int = 1) -> int:

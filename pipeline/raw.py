@@ -108,12 +108,6 @@ def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
         elif (source / name).is_dir():
             found[name] = source / name
     if not found:
-        called = [name for name in _folders(source) if name.lower() in SPLIT_NAMES]
-        if len(called) > 1:
-            raise DataError(
-                f"{source} holds {' and '.join(called)}, which are no classes: call them train and val, or build "
-                f"them one by one, as {source / called[0]} with --split train or --split val"
-            )
         return {split or "train": source}
     if split is None:
         return found
@@ -124,10 +118,27 @@ def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
     return {split: found[split]}
 
 
-def not_read(source: Path, splits: dict[str, Path]) -> list[str]:
-    """Names of folders beside the train/ and val/ that `find_splits` found: they may have been meant."""
-    found = [path.name for path in splits.values() if path.parent == source and path.is_dir()]
-    return [name for name in _folders(source) if name not in found] if found else []
+def refuse_splits_as_classes(source: Path, splits: dict[str, Path]) -> None:
+    """DataError where what `find_splits` takes for class folders are splits by other names."""
+    called = [name for name in _folders(source) if name.lower() in SPLIT_NAMES] if source.is_dir() else []
+    if list(splits.values()) == [source] and len(called) > 1:
+        raise DataError(
+            f"{source} holds {' and '.join(called)}, which are hardly classes: call them train and val, or build "
+            f"them one by one, as {source / called[0]} with --split train; if they are classes, say --split as well"
+        )
+
+
+def not_read(source: Path, splits: dict[str, Path], known: Sequence[Path]) -> list[str]:
+    """Names of folders beside the train/ and val/ that `find_splits` found, which may have been meant.
+
+    Not the devkit, nor those on the way to `known` paths.
+    """
+    read = {path.name for path in splits.values() if path.parent == source and path.is_dir()}
+    if not read:
+        return []
+    read.add(DEVKIT)
+    read |= {parent.name for path in known for parent in (path.resolve(), *path.resolve().parents)}
+    return [name for name in _folders(source) if name not in read]
 
 
 def _folders(path: Path) -> list[str]:

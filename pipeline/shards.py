@@ -52,15 +52,30 @@ def record_key(local_index: int) -> bytes:
 
 
 def foreign(split_dir: Path) -> str | None:
-    """What makes `split_dir` something else than a data set: "is a file", "holds n01440764"; None if nothing does.
+    """What no build has made: "holds n01440764", or "is a file"; None if `split_dir` can be deleted without regret.
 
-    Hidden files do not count: some file systems make them by themselves.
+    Hidden files do not count: some systems make them by themselves.
     """
     if not split_dir.is_dir():
         return "is a file" if split_dir.exists() else None
-    own = re.compile(rf"shard-\d{{5,}}|{MANIFEST}|{MEAN}|work|.*\.tmp|\..*")
-    other = min((entry.name for entry in split_dir.iterdir() if not own.fullmatch(entry.name)), default=None)
-    return None if other is None else f"holds {other}"
+    try:
+        for entry in sorted(split_dir.iterdir()):
+            if not (_is_own(_OWN_FOLDER, entry.name) if entry.is_dir() else _is_own(_OWN_FILE, entry.name)):
+                return f"holds {entry.name}"
+            for inside in sorted(entry.iterdir()) if entry.is_dir() else ():
+                if inside.is_dir() or not _is_own(_OWN_FILE, inside.name):
+                    return f"holds {entry.name}/{inside.name}"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+_OWN_FOLDER = r"work|shard-\d{5,}(\..+)?"
+_OWN_FILE = r"\..*|((manifest|build)\.json|mean\.npy|crc32\.npy|(data|lock)\.mdb|shard-\d{5,}\..+)(\.tmp)?"
+
+
+def _is_own(pattern: str, name: str) -> bool:
+    return re.fullmatch(pattern, name) is not None
 
 
 def file_sha256(path: Path) -> str:
@@ -173,16 +188,16 @@ def _no_data_set(split_dir: Path) -> str:
     """What to do where there is no manifest."""
     out, split = split_dir.parent, split_dir.name if split_dir.name in ("train", "val") else "train|val"
     if (out / MANIFEST).exists():
-        return f"no data set in {split_dir}: {out} is one split of a data set, give {out.parent}"
+        whole = out.resolve().parent
+        return f"no data set in {split_dir}: {out} is one split of a data set, give {whole}"
+    missing = f"no data set in {split_dir} ({MANIFEST} is missing)"
+    if any(split_dir.glob("shard-*/data.mdb")):
+        return f"{missing}, only shards: restore it from a copy or build the data set again"
     if other := foreign(split_dir):
         return (
-            f"no data set in {split_dir}, which {other}: build one elsewhere with "
-            f"`python tools/build_lmdb.py {out} OUT` and give OUT"
+            f"{missing}, which {other}: `python tools/build_lmdb.py {out} OUT` builds one in OUT, give that"
         )
-    return (
-        f"no data set in {split_dir} ({MANIFEST} is missing): "
-        f"build it with `python tools/build_lmdb.py SOURCE {out} --split {split}`"
-    )
+    return f"{missing}: build it with `python tools/build_lmdb.py SOURCE {out} --split {split}`"
 
 
 class ShardWriter:

@@ -19,7 +19,7 @@ import pipeline.build
 from pipeline import DataError
 from pipeline.build import Options, build_split
 from pipeline.prepare import prepare
-from pipeline.raw import open_source
+from pipeline.raw import find_splits, not_read, open_source
 from pipeline.shards import Manifest, ShardReader
 from tools.build_lmdb import main as build
 from tools.faults import _tree
@@ -218,18 +218,54 @@ def test_existing_output_needs_a_flag(
 
 
 @pytest.mark.parametrize("flag", [[], ["--overwrite"], ["--resume"]])
-@pytest.mark.parametrize("folder", ["train", "train.partial", "train.replaced"])
-def test_what_is_no_data_set_is_never_replaced(
-    class_folders: Path, tmp_path: Path, flag: list, folder: str
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("train/n01440764/photo.jpg", "train/photo.jpg", "train/work/photo.jpg", "train/.git/config"),
+        *(
+            "train/holiday.tmp/photo.jpg",
+            "train/shard-00000/photo.jpg",
+            "train/shard-00000/n01440764/photo.jpg",
+        ),
+        *("train.partial/n01440764/photo.jpg", "train.replaced/n01440764/photo.jpg"),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_no_build_made_is_never_deleted(
+    class_folders: Path, tmp_path: Path, expected: dict[str, bytes], flag: list, place: str, finished: bool
 ) -> None:
-    """Photographs named as OUT by mistake, or anything else that no build has made."""
-    theirs = tmp_path / folder / "n01440764/photo.jpg"
-    theirs.parent.mkdir(parents=True)
+    """Photographs named as OUT by mistake, or anything else, in the way or within a data set."""
+    for name, content in expected.items() if finished else ():
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(content)
+    theirs = tmp_path / place
+    theirs.parent.mkdir(parents=True, exist_ok=True)
     theirs.write_bytes(b"a photograph")
-    options = ["--split", "train", "--workers", "1", "--size", "32", *flag]
-    result = CliRunner().invoke(build, [str(class_folders), str(tmp_path), *options])
-    assert result.exit_code == 1 and f"{folder} holds n01440764" in result.output
-    assert theirs.read_bytes() == b"a photograph" and [p.name for p in tmp_path.iterdir()] == [folder]
+    command = [str(class_folders), str(tmp_path), "--split", "train", "--workers", "1"]
+    command += ["--size", "64", "--images-per-shard", "8"]
+    CliRunner().invoke(build, [*command, *flag])
+    assert theirs.read_bytes() == b"a photograph"
+
+
+def test_what_comes_while_a_build_is_at_work_is_not_deleted(
+    class_folders: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    source = open_source(class_folders / "train", "train")
+    theirs = tmp_path / "train/n01440764/photo.jpg"
+
+    def come(done: int, total: int) -> None:
+        theirs.parent.mkdir(parents=True, exist_ok=True)
+        theirs.write_bytes(b"a photograph")
+
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(DataError, match="holds n01440764, which no build made: move it away"):
+            build_split(source, tmp_path, OPTIONS, workers=2, progress=come, **options)
+        assert theirs.read_bytes() == b"a photograph"
+        shutil.rmtree(tmp_path / "train")
+    (tmp_path / "train").mkdir()
+    build_split(source, tmp_path, OPTIONS, workers=2, resume=True)
+    assert _tree(tmp_path / "train") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
 def test_a_source_is_not_its_own_output(class_folders: Path, tmp_path: Path) -> None:
@@ -247,9 +283,18 @@ def test_folders_that_may_have_been_meant_are_named(class_folders: Path, tmp_pat
     result = CliRunner().invoke(build, [str(tmp_path / "photos"), *options])
     assert result.exit_code == 0 and "holds validation beside train: not read" in result.output
     assert f"{len(list((class_folders / 'train').iterdir()))} classes" in result.output
+    shutil.copytree(class_folders / "val", tmp_path / "photos/val")
+    shutil.rmtree(tmp_path / "photos/validation")
+    (tmp_path / "photos/ILSVRC2012_devkit_t12").mkdir()
+    (tmp_path / "photos/lists").mkdir()
+    (tmp_path / "photos/lists/names.txt").write_text("coffee a cup\n")
+    split_found = find_splits(tmp_path / "photos")
+    assert not_read(tmp_path / "photos", split_found, [tmp_path / "photos/lists/names.txt"]) == []
+    shutil.rmtree(tmp_path / "photos/val")
     (tmp_path / "photos/train").rename(tmp_path / "photos/training")
+    (tmp_path / "photos/testing").mkdir()
     result = CliRunner().invoke(build, [str(tmp_path / "photos"), *options])
-    assert result.exit_code == 1 and "training and validation, which are no classes" in result.output
+    assert result.exit_code == 1 and "testing and training, which are hardly classes" in result.output
 
 
 def test_a_build_without_a_compiler_says_so_once(

@@ -68,11 +68,17 @@ def expected(probabilities, labels):
     }
 
 
-def test_without_data_it_is_the_runs_own(dataset, tmp_path):
+def test_without_data_it_is_the_runs_own(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "run", dataset)
     (run / "config.json").write_text(json.dumps({"data": str(dataset)}))
     assert "24 images of" in invoke(run).output
     assert "24 images of" in invoke(run / "best.pt").output
+    (run / "config.json").write_text(json.dumps({"data": "gone"}))
+    assert "was trained on gone, which is not found from here: give --data" in invoke(run, code=1).output
+    for text in ("// another program's", "[1]", "null", '{"data": 3}', "{}"):
+        (run / "config.json").write_text(text)
+        assert "no data set in data/imagenet/val" in invoke(run, code=1).output
     (run / "config.json").unlink()
     assert "no data set in data/imagenet/val" in invoke(run, code=1).output
 

@@ -128,6 +128,22 @@ def test_evaluation_feeds_every_image_once_for_any_batch_and_ranks(count, batch,
     assert sorted(seen) == list(range(count))
 
 
+def test_one_long_record_does_not_make_the_others_as_long():
+    """Records of a batch are one array as long as that is mostly records."""
+    for last, together in ((20, True), (5000, False)):
+        lengths = [10, 12, 11, last]
+
+        class Uneven(Records):
+            def read(self, index: int) -> tuple[np.ndarray, int]:
+                return np.full(lengths[index], index + 1, np.uint8), index  # noqa: B023
+
+        records, *_ = EvalFeed(Uneven(4), 4, 256, 224, 0, 1)(SimpleNamespace(iteration=0))
+        assert isinstance(records, np.ndarray) == together
+        for index, record in enumerate(records):
+            assert record[: lengths[index]].tolist() == [index + 1] * lengths[index]
+            assert not record[lengths[index] :].any()
+
+
 def test_bad_plans_are_refused_in_one_line():
     with pytest.raises(DataError, match="--global-batch 5 or less"):
         Plan(5, 6)

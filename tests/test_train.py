@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model.checkpoint import Checkpoints, load
+from train import Log
 
 ROOT = Path(__file__).parent.parent
 # one small, quick network: images of 67 pixels' crop pass all three pools
@@ -102,6 +104,30 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path
     found, wanted = epoch_losses(out)
     assert found == pytest.approx(wanted, rel=1e-9)
     assert found == pytest.approx(epoch_losses(whole)[0], rel=1e-6)
+
+
+def test_an_epochs_loss_from_a_damaged_log(tmp_path):
+    """What is left of the epoch counts; what was put together wrongly does not."""
+
+    def line(kind, epoch, step, loss):
+        more = {"top1": 0.5, "top5": 0.9} if kind == "val" else {}
+        return json.dumps({"kind": kind, "epoch": epoch, "step": step, "loss": loss, **more}) + "\n"
+
+    lines = [line("train", 0, 10, 5.0), line("train", 0, 20, 4.0)]
+    config = {"out": tmp_path, "progress": False, "tensorboard": False, "wandb": False}
+    for broken, at, wanted in (
+        ('{"kind": "tr\n', 30, [(5 + 4 + 1) / 3]),
+        (line("train", 0, 10, 9.0), 20, [(5 + 4 + 1) / 3]),
+    ):
+        (tmp_path / "log.jsonl").write_text("".join(lines) + broken)
+        log = Log(config, SimpleNamespace(first=True), at)
+        log.write("train", epoch=0, step=at + 10, loss=1.0, images_per_s=1.0)
+        log.write("val", epoch=0, step=at + 10, loss=2.0, top1=0.5, top5=0.9)
+        log.write("val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9)  # its training lines are lost
+        log.close()
+        rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+        assert [float(row["loss"]) for row in rows if row["loss"]] == pytest.approx(wanted)
+        assert [row["epoch"] for row in rows] == ["0", "1"] and rows[1]["val_loss"] == "2.0"
 
 
 def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):

@@ -230,3 +230,18 @@ def test_a_raw_record_of_another_size_is_named(dataset, raw_val, monkeypatch, fu
     loader = eval_loader(reader, Preprocess.load(dataset / "train"), 8, workers=0, fused=fused)
     with pytest.raises(DataError, match=f"{shard}, key {key.decode()}"):
         next(loader)
+
+
+def test_a_compiler_that_hangs_is_done_without(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("ALEXNET_NATIVE", raising=False)
+    monkeypatch.setattr(native, "SECONDS_TO_BUILD", 0.2)
+    native._load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="cropped by DALI's operators, slower: .*timed out"):
+            assert ViewCutter.of(np.zeros((1, 1, 3), np.float32), 1, torch.float32, 1) is None
+    finally:
+        native._load.cache_clear()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pipeline import DataError
 from pipeline.build import MAX_IMAGES_PER_SHARD, Options, Summary, build_split
 from pipeline.cifar import is_archive, unpacked
-from pipeline.raw import find_splits, not_read, open_source
+from pipeline.raw import find_splits, not_read, open_source, refuse_splits_as_classes
 from pipeline.shards import ENCODINGS, MANIFEST, Manifest
 
 DEFAULT_QUALITY = 90
@@ -127,9 +127,12 @@ def main(
         splits = find_splits(source, split)
         if labels and len(splits) > 1:
             raise click.UsageError("--labels is for one split: give --split train or --split val as well")
-        if more := not_read(source, splits) if split is None else []:
-            names_of_more = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
-            click.echo(f"{source} holds {names_of_more} beside {' and '.join(splits)}: not read", err=True)
+        if split is None:
+            if not labels:
+                refuse_splits_as_classes(source, splits)
+            if more := not_read(source, splits, [path for path in (out, labels, devkit, names) if path]):
+                some = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
+                click.echo(f"{source} holds {some} beside {' and '.join(splits)}: not read", err=True)
         make_pool = click.get_current_context().with_resource(_pools(scheduler, source, out))
         for name, path in splits.items():
             with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:

@@ -97,14 +97,26 @@ def load_run(run: Path, device: torch.device | None = None) -> Run:
 
 def data_option(help: str) -> Callable[[Any], Any]:
     """--data, None where it is not given: see `data_of`."""
-    return option(
-        "--data", type=click.Path(path_type=Path), show_default="what RUN was trained on", help=help
-    )
+    said = "what the first RUN was trained on"
+    return option("--data", type=click.Path(path_type=Path), show_default=said, help=help)
 
 
 def data_of(run: Path, data: Path | None) -> Path:
-    """The data set to judge RUN on: the one named, else its own, else data/imagenet."""
-    return data or Path(read_config(checkpoint.find(run).parent).get("data", "data/imagenet"))
+    """The data set to judge RUN on: the one named, else its own, else data/imagenet.
+
+    Raises DataError where its own is not found: config.json has the path as it was given then.
+    """
+    if data:
+        return data
+    try:
+        own = read_config(checkpoint.find(run).parent)["data"]
+    except (ModelError, KeyError):  # a file beside a checkpoint may be any program's
+        own = None
+    if not isinstance(own, str):
+        return Path("data/imagenet")
+    if not Path(own).is_dir():
+        raise DataError(f"{run} was trained on {own}, which is not found from here: give --data")
+    return Path(own)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -113,7 +125,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "config.json").read_text()))
     except OSError:
         return {}
-    except ValueError:
+    except (ValueError, TypeError):
         raise ModelError(f"{folder / 'config.json'} is damaged: delete it or restore it") from None
 
 

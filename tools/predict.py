@@ -163,7 +163,10 @@ def find_images(arguments: Iterable[str]) -> Iterator[str]:
         if argument == "-":
             yield from (line for raw in sys.stdin if (line := raw.rstrip("\r\n")))
         elif Path(argument).is_dir():
-            files = sorted(p for p in Path(argument).rglob("[!.]*") if p.is_file())
+            found_all = (p for p in Path(argument).rglob("*") if p.is_file())
+            files = sorted(
+                p for p in found_all if not any(x.startswith(".") for x in p.relative_to(argument).parts)
+            )
             found = [str(p) for p in files if p.suffix.lower() in SUFFIXES]
             if len(found) < len(files):
                 others = f"{len(files) - len(found)} files not called {', '.join(sorted(SUFFIXES))}"
