@@ -1,9 +1,10 @@
 """Shards, manifest and checksums, and that DALI reads them as a Caffe LMDB."""
 
-import multiprocessing
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -51,20 +52,35 @@ def test_reader_counts_labels_and_places(dataset: Path) -> None:
     assert data.dtype == np.uint8 and cv2.imdecode(data, cv2.IMREAD_COLOR).shape == (256, 256, 3)
 
 
-def _read_in_child(reader: ShardReader, queue: object) -> None:
-    queue.put([reader.read(index)[0].tobytes() for index in range(len(reader))])  # type: ignore[attr-defined]
+READ_IN_CHILD = """
+import multiprocessing, sys
+from pipeline.shards import ShardReader
 
+def contents(reader):
+    return [reader.read(index)[0].tobytes() for index in range(len(reader))]
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_reader_reopens_in_other_processes(dataset: Path, method: str) -> None:
-    reader = ShardReader(dataset / "val")
-    expected = [reader.read(index)[0].tobytes() for index in range(len(reader))]
-    context = multiprocessing.get_context(method)
+def read(reader, queue):
+    queue.put(contents(reader))
+
+if __name__ == "__main__":
+    reader = ShardReader(sys.argv[1])
+    expected = contents(reader)
+    context = multiprocessing.get_context(sys.argv[2])
     queue = context.Queue()
-    process = context.Process(target=_read_in_child, args=(reader, queue))
+    process = context.Process(target=read, args=(reader, queue))
     process.start()
     assert queue.get(timeout=60) == expected
     process.join()
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_reader_reopens_in_other_processes(dataset: Path, tmp_path: Path, method: str) -> None:
+    script = tmp_path / "read.py"  # of its own: a fork of this process would have the locks of its threads
+    script.write_text(READ_IN_CHILD)
+    subprocess.run([sys.executable, str(script), str(dataset / "val"), method], check=True, timeout=120)
+    reader = ShardReader(dataset / "val")
+    expected = [reader.read(index)[0].tobytes() for index in range(len(reader))]
     again = pickle.loads(pickle.dumps(reader))
     assert again.read(3)[0].tobytes() == expected[3]
     reader.close()
