@@ -267,6 +267,16 @@ class ShardWriter:
 _environments: WeakValueDictionary[tuple[int, int, int], Any] = WeakValueDictionary()
 
 
+def _close_inherited() -> None:
+    """In a forked child: LMDB opens no file twice, and any reader of the parent may have it open."""
+    for env in list(_environments.values()):
+        env.close()
+    _environments.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
 def _environment(directory: Path) -> Any:
     file = (directory / DATABASE).stat()
     key = (os.getpid(), file.st_dev, file.st_ino)

@@ -65,12 +65,15 @@ def read(reader, queue):
 if __name__ == "__main__":
     reader = ShardReader(sys.argv[1])
     expected = contents(reader)
+    another = ShardReader(sys.argv[1])
+    another.read(0)
     context = multiprocessing.get_context(sys.argv[2])
     queue = context.Queue()
     process = context.Process(target=read, args=(reader, queue))
     process.start()
     assert queue.get(timeout=60) == expected
     process.join()
+    assert contents(another) == contents(reader) == expected
 """
 
 
