@@ -19,6 +19,7 @@ import uuid
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 SECONDS_TO_BUILD = 120.0  # a second on an idle machine; a compiler that hangs is done without
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
@@ -46,17 +47,12 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
     headers = b"".join(path.read_bytes() for path in sorted(here.glob("*.h")))
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or "c++"
     command = [compiler, *_FLAGS, *flags, f"-I{here}", "-x", "c++"]
+    how: dict[str, Any] = {"capture_output": True, "check": True, "text": True, "errors": "replace"}
+    run = functools.partial(subprocess.run, timeout=SECONDS_TO_BUILD, **how)
     try:
         # The predefined macros tell the compiler's version and the instruction sets of this CPU, so that a
         # home shared by unlike machines holds a library for each.
-        macros = subprocess.run(
-            [*command, "-dM", "-E", os.devnull],
-            capture_output=True,
-            check=True,
-            text=True,
-            errors="replace",
-            timeout=SECONDS_TO_BUILD,
-        ).stdout
+        macros = run([*command, "-dM", "-E", os.devnull]).stdout
         key = hashlib.sha256(f"{macros} {_FLAGS} {flags}".encode() + headers + source).hexdigest()[:16]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cached = Path(home, "alexnet-dali", f"{name}-{key}.so")
@@ -64,15 +60,7 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
             return ctypes.CDLL(str(cached))
         with tempfile.TemporaryDirectory() as scratch:
             built = Path(scratch, f"{name}.so")
-            subprocess.run(
-                [*command, "-", "-o", str(built)],
-                input=source.decode(),
-                capture_output=True,
-                check=True,
-                text=True,
-                errors="replace",
-                timeout=SECONDS_TO_BUILD,
-            )
+            run([*command, "-", "-o", str(built)], input=source.decode())
             # Ranks may build at once: each moves a whole file into place. If the home cannot be written, the
             # next process builds again.
             with suppress(OSError):

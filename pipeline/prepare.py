@@ -34,9 +34,8 @@ JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # the first bytes
 MAX_SCANS, MAX_SEGMENTS = 500, 1 << 16  # of a JPEG of any size; real ones have some dozens (PNGs: chunks)
 # What has a length, or is the end (D9): no byte 0xFF of a scan, no restart in it, no fill byte.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-FLAGS = (
-    "-ffp-contract=off",
-)  # of native/prepare.cpp: a product is rounded before it is added, as OpenCV does
+# of native/prepare.cpp: a product is rounded before it is added, as OpenCV does
+FLAGS = ("-ffp-contract=off",)
 _DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
 

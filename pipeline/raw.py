@@ -120,8 +120,10 @@ def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
 
 def refuse_splits_as_classes(source: Path, splits: dict[str, Path]) -> None:
     """DataError where what `find_splits` takes for class folders are splits by other names."""
-    called = [name for name in _folders(source) if name.lower() in SPLIT_NAMES] if source.is_dir() else []
-    if list(splits.values()) == [source] and len(called) > 1:
+    if list(splits.values()) != [source] or not source.is_dir():
+        return
+    called = [name for name in _folders(source) if name.lower() in SPLIT_NAMES]
+    if len(called) > 1:
         raise DataError(
             f"{source} holds {' and '.join(called)}, which are hardly classes: call them train and val, or build "
             f"them one by one, as {source / called[0]} with --split train; if they are classes, say --split as well"
@@ -144,7 +146,10 @@ def not_read(source: Path, splits: dict[str, Path], known: Sequence[Path]) -> li
 def _folders(path: Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones."""
     try:
-        return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        with os.scandir(path) as entries:  # asks nothing of each file, of which there may be many
+            return sorted(
+                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+            )
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 

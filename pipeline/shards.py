@@ -60,10 +60,11 @@ def foreign(split_dir: Path) -> str | None:
         return "is a file" if split_dir.exists() else None
     try:
         for entry in sorted(split_dir.iterdir()):
-            if not (_is_own(_OWN_FOLDER, entry.name) if entry.is_dir() else _is_own(_OWN_FILE, entry.name)):
+            folder = entry.is_dir()
+            if not re.fullmatch(_OWN_FOLDER if folder else _OWN_FILE, entry.name):
                 return f"holds {entry.name}"
-            for inside in sorted(entry.iterdir()) if entry.is_dir() else ():
-                if inside.is_dir() or not _is_own(_OWN_FILE, inside.name):
+            for inside in sorted(entry.iterdir()) if folder else ():
+                if inside.is_dir() or not re.fullmatch(_OWN_FILE, inside.name):
                     return f"holds {entry.name}/{inside.name}"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
@@ -72,10 +73,6 @@ def foreign(split_dir: Path) -> str | None:
 
 _OWN_FOLDER = r"work|shard-\d{5,}(\..+)?"
 _OWN_FILE = r"\..*|((manifest|build)\.json|mean\.npy|crc32\.npy|(data|lock)\.mdb|shard-\d{5,}\..+)(\.tmp)?"
-
-
-def _is_own(pattern: str, name: str) -> bool:
-    return re.fullmatch(pattern, name) is not None
 
 
 def file_sha256(path: Path) -> str:
@@ -264,7 +261,7 @@ class ShardWriter:
 
 
 # LMDB allows one environment a file and process: readers share it, and the last of them closes it by going.
-_environments: WeakValueDictionary[tuple[int, int, int], Any] = WeakValueDictionary()
+_environments: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
 
 
 def _close_inherited() -> None:
@@ -279,7 +276,7 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 def _environment(directory: Path) -> Any:
     file = (directory / DATABASE).stat()
-    key = (os.getpid(), file.st_dev, file.st_ino)
+    key = (file.st_dev, file.st_ino)
     env = _environments.get(key)
     if env is None:
         # every shard stays open: thousands of them are more than most systems allow at first
