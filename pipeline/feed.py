@@ -22,8 +22,9 @@ from pipeline.shards import ShardReader
 # n records: HWC RGB uint8 of raw shards, or encoded bytes: mostly one array, (n, longest), with zeros behind them
 PADDED = 3  # times as many bytes with those zeros, at most
 Records = list[np.ndarray] | np.ndarray
-# one batch of n samples: records, and arrays over n of label int64 (n,), anchor int32 (n, 2), flip int32 (n,),
-# shift float32 (n, 3) in levels of 0..255
+# arrays over n samples: anchor int32 (n, 2), flip int32 (n,), shift float32 (n, 3) in levels of 0..255
+Views = tuple[np.ndarray, np.ndarray, np.ndarray]
+# records, label int64 (n,), and the three of Views
 FeedBatch = tuple[Records, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -36,18 +37,44 @@ def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray
     encoded records go as one, unless one is so long that the others would be mostly zeros. Decoders end where an
     image ends, and `ShardReader` sees to it that it does.
     """
-    read, labels = zip(*(reader.read(int(i)) for i in samples), strict=True)
-    records: Records = list(read)
-    longest = max(map(len, read))
-    if read[0].ndim == 1 and len(read) * longest <= PADDED * sum(map(len, read)):
-        records = np.empty((len(read), longest), np.uint8)
-        for row, record in zip(records, read, strict=True):
-            row[: len(record)] = record
-            row[len(record) :] = 0
-    return records, np.array(labels, dtype=np.int64)
+    indices = samples.tolist()
+    stored = [reader.stored_bytes(index) for index in indices]
+    longest, rows = max(stored), None
+    if reader.manifest.encoding != "raw" and len(stored) * longest <= PADDED * sum(stored):
+        rows = np.empty((len(stored), longest), np.uint8)
+    records, labels = [], []
+    for position, index in enumerate(indices):
+        record, label = reader.read(index)
+        labels.append(label)
+        if rows is None:
+            records.append(record)
+        else:  # at once, while it is in the cache: its memory serves for the next
+            rows[position, : len(record)] = record
+            rows[position, len(record) :] = 0
+    return records if rows is None else rows, np.array(labels, np.int64)
 
 
 class _Feed:
+    """What both feeds have in common. `samples` tells the positions in the data set of an iteration's batch."""
+
+    reader: ShardReader
+
+    def records(self, info: Any) -> tuple[Records, np.ndarray]:
+        """Records and labels alone, as DALI asks for them; StopIteration after the last batch."""
+        samples = self.samples(info.iteration)
+        if not len(samples):
+            raise StopIteration
+        return _read(self.reader, samples)
+
+    def __call__(self, info: Any) -> FeedBatch:
+        return *self.records(info), *self.views(info.iteration)
+
+    def samples(self, iteration: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def views(self, iteration: int) -> Views:
+        raise NotImplementedError
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Only happens in a reader process, which has to go when the trainer does, however that ends."""
         self.__dict__.update(state)
@@ -75,19 +102,21 @@ class TrainFeed(_Feed):
     end_step: int
 
     def samples(self, iteration: int) -> np.ndarray:
-        """Data set indices of the iteration's batch, (n,) uint32."""
+        """Data set indices of the iteration's batch, (n,) uint32; none from `end_step` on."""
+        if self.first_step + iteration >= self.end_step:
+            return np.empty(0, np.uint32)
         epoch, step = divmod(self.first_step + iteration, self.plan.steps_per_epoch)
-        return self.plan.samples(epoch, step)[rank_slice(self.plan.global_batch, self.rank, self.world_size)]
+        return self.plan.samples(epoch, step)[self._mine]
 
-    def __call__(self, info: Any) -> FeedBatch:
-        if self.first_step + info.iteration >= self.end_step:
-            raise StopIteration
-        records, labels = _read(self.reader, self.samples(info.iteration))
-        epoch, step = divmod(self.first_step + info.iteration, self.plan.steps_per_epoch)
-        mine = rank_slice(self.plan.global_batch, self.rank, self.world_size)
-        anchor, flip, color = (values[mine] for values in self.plan.views(epoch, step))
-        shift = color @ self.color_basis.T.astype(np.float32)
-        return records, labels, anchor, flip, shift
+    def views(self, iteration: int) -> Views:
+        """The iteration's crops, flips and colour shifts."""
+        epoch, step = divmod(self.first_step + iteration, self.plan.steps_per_epoch)
+        anchor, flip, color = (values[self._mine] for values in self.plan.views(epoch, step))
+        return anchor, flip, color @ self.color_basis.T.astype(np.float32)
+
+    @property
+    def _mine(self) -> slice:
+        return rank_slice(self.plan.global_batch, self.rank, self.world_size)
 
 
 @dataclass
@@ -109,11 +138,8 @@ class EvalFeed(_Feed):
         """Data set indices of the iteration's batch, (n,)."""
         return self.indices[iteration * self.batch : (iteration + 1) * self.batch]
 
-    def __call__(self, info: Any) -> FeedBatch:
-        samples = self.samples(info.iteration)
-        if not len(samples):
-            raise StopIteration
-        records, labels = _read(self.reader, samples)
-        n = len(samples)
+    def views(self, iteration: int) -> Views:
+        """Centre crops, not mirrored, colours as they are."""
+        n = len(self.samples(iteration))
         center = np.full((n, 2), (self.size - self.crop) // 2, dtype=np.int32)
-        return records, labels, center, np.zeros(n, np.int32), np.zeros((n, 3), np.float32)
+        return center, np.zeros(n, np.int32), np.zeros((n, 3), np.float32)

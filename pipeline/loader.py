@@ -97,18 +97,19 @@ def graph(
 
     `device` 'gpu' decodes with nvJPEG ('mixed') and computes on the GPU. `raw` records are HWC pixels. The shapes,
     int64 (3,), are those of the whole images: crops would be cut of images of another size, too.
-    `decoded`: whole images, (size, size, 3) uint8, labels, and what the feed says of crop, flip and colour.
+    `decoded`: whole images, (size, size, 3) uint8, and labels.
     """
     gpu, size, crop = device == "gpu", preprocess.size, preprocess.crop
-    record, label, anchor, flip, shift = fn.external_source(
-        feed,
-        num_outputs=5,
+    # the numbers of crop, flip and colour only where the graph needs them: each array costs time on its way
+    record, label, *numbers = fn.external_source(
+        feed.records if decoded else feed,
+        num_outputs=2 if decoded else 5,
         batch=True,
         batch_info=True,
         parallel=parallel,
         **({"prefetch_queue_depth": READ_AHEAD} if parallel else {}),
-        dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT],
-        ndim=[3 if raw else 1, 0, 1, 0, 1],
+        dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT][: 2 if decoded else 5],
+        ndim=[3 if raw else 1, 0, 1, 0, 1][: 2 if decoded else 5],
     )
     window = types.Constant(np.array([crop, crop], np.int32), device="cpu")
     absolute = {"axes": [0, 1], "normalized_anchor": False, "normalized_shape": False}
@@ -124,7 +125,8 @@ def graph(
         }
 
     if decoded:
-        return record if raw else fn.decoders.image(record, **decoder), label, anchor, flip, shift
+        return record if raw else fn.decoders.image(record, **decoder), label
+    anchor, flip, shift = numbers
 
     per_pixel = preprocess.mean_mode == "pixel"
     channel_mean = np.zeros(3, np.float32) if per_pixel else preprocess.mean[0, 0]
@@ -297,12 +299,12 @@ class Loader:
                 stream = [torch.cuda.current_stream()] if self._device == "gpu" else []
                 outputs = self._pipe.run(*stream)
             # one tensor a batch: DALI refuses records that are not all of one size
-            images, labels, *numbers = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+            images, labels, *shapes = (torch.from_dlpack(output.as_tensor()) for output in outputs)
             if self._cutter:
-                images = self._cut(self._cutter, images, *numbers)
+                images = self._cut(self._cutter, images)
             else:
                 size = self.preprocess.size
-                if any(shape[:2] != [size, size] for shape in numbers[0].tolist()):
+                if any(shape[:2] != [size, size] for shape in shapes[0].tolist()):
                     raise ValueError(f"records are not all of {size}x{size} pixels")
         except StopIteration:
             with self._watch.inside():
@@ -316,17 +318,10 @@ class Loader:
         self._iteration += 1
         return images.movedim(-1, -3).to(self._dtype), labels
 
-    def _cut(
-        self,
-        cutter: ViewCutter,
-        images: torch.Tensor,
-        anchor: torch.Tensor,
-        flip: torch.Tensor,
-        shift: torch.Tensor,
-    ) -> torch.Tensor:
+    def _cut(self, cutter: ViewCutter, images: torch.Tensor) -> torch.Tensor:
         """The views of whole images: one each as the feed says, or ten."""
         if self._ten_views is None:
-            return cutter(images, anchor, flip, shift)
+            return cutter(images, *map(torch.from_numpy, self.feed.views(self._iteration)))
         anchors, flips = self._ten_views
         count = len(images)
         ten = cutter(images, anchors.repeat(count, 1), flips.repeat(count), torch.zeros(10 * count, 3))

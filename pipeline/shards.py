@@ -334,6 +334,10 @@ class ShardReader:
         shard, local = self._split_index(index)
         return self.manifest.shards[shard]["name"], record_key(local)
 
+    def stored_bytes(self, index: int) -> int:
+        """Size of the record of global `index` in its shard, a few bytes more than its data; raises as `read`."""
+        return len(self._stored(*self._split_index(index)))
+
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """(data, label) of global `index`.
 
@@ -341,27 +345,32 @@ class ShardReader:
         It is read-only. IndexError outside 0..len-1; DataError naming shard and key when damaged.
         """
         shard, local = self._split_index(index)
-        if os.getpid() != self._pid:
-            self._reset()
-        transaction = self._transactions[shard]
         try:
-            if transaction is None:
-                transaction = self._open(shard)
-            value = transaction.get(record_key(local))
-            if value is None:
-                raise DataError(self._damage(shard, local, "the record is missing"))
-            datum = Datum.FromString(value)
-        except (lmdb.Error, DecodeError) as error:
+            datum = Datum.FromString(bytes(self._stored(shard, local)))
+        except DecodeError as error:
             raise DataError(self._damage(shard, local, str(error))) from None
-        if not datum.data.endswith(self._end):
+        content = datum.data
+        if not content.endswith(self._end):
             raise DataError(self._damage(shard, local, "it ends too early"))
-        data = np.frombuffer(datum.data, np.uint8)
+        data = np.frombuffer(content, np.uint8)
         if not datum.encoded:
             try:
                 data = data.reshape(datum.height, datum.width, datum.channels)
             except ValueError:
                 raise DataError(self._damage(shard, local, f"{data.size} bytes of pixels")) from None
         return data, datum.label
+
+    def _stored(self, shard: int, local: int) -> memoryview:
+        """The record as it lies in the file, which is mapped into memory: valid until `close`."""
+        if os.getpid() != self._pid:
+            self._reset()
+        try:
+            value: memoryview | None = (self._transactions[shard] or self._open(shard)).get(record_key(local))
+        except lmdb.Error as error:
+            raise DataError(self._damage(shard, local, str(error))) from None
+        if value is None:
+            raise DataError(self._damage(shard, local, "the record is missing"))
+        return value
 
     def check_counts(self) -> None:
         """Open every shard and count its records; DataError names the one that has more or fewer."""
@@ -409,7 +418,7 @@ class ShardReader:
                 f"{entry['count']}: restore it or build the data set again"
             )
         # A read transaction that stays open costs nothing here: nobody writes to a finished shard.
-        transaction = env.begin()
+        transaction = env.begin(buffers=True)
         self._transactions[shard] = transaction
         return transaction
 

@@ -38,7 +38,7 @@ class ViewCutter:
         if mean.shape != (self._size, self._size, 3) or not 0 < crop <= self._size:
             raise ValueError(f"no crop of {crop} pixels of a mean image of {mean.shape}")
         self._kernel = library[KERNELS[dtype]]
-        self._mean = torch.from_numpy(np.ascontiguousarray(mean, np.float32))
+        self._means = torch.from_numpy(np.concatenate([mean, mean[:, ::-1]], axis=1).astype(np.float32))
 
     @classmethod
     def of(cls, mean: np.ndarray, crop: int, dtype: torch.dtype, threads: int) -> ViewCutter | None:
@@ -79,7 +79,7 @@ class ViewCutter:
             raise ValueError(f"{count} anchors of {len(images)} images, or a crop beyond an image")
         out = torch.empty(count, crop, crop, 3, dtype=self._dtype)
         failed = self._kernel(
-            *(ctypes.c_void_p(t.data_ptr()) for t in (images, self._mean, anchors, flips, shifts, out)),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (images, self._means, anchors, flips, shifts, out)),
             *(ctypes.c_int64(n) for n in (count, count // len(images), size, crop, self._threads)),
         )
         if failed:

@@ -84,6 +84,11 @@ class Records:
     def __len__(self) -> int:
         return self.count
 
+    manifest = SimpleNamespace(encoding="jpeg")
+
+    def stored_bytes(self, index: int) -> int:
+        return len(self.read(index)[0]) + 3
+
     def read(self, index: int) -> tuple[np.ndarray, int]:
         return np.frombuffer(index.to_bytes(1 + index // 256, "little"), np.uint8), index
 
