@@ -106,7 +106,8 @@ def build_split(
     user can put right, a full disk included; after it, or a kill, `resume` goes on.
     """
     started = time.monotonic()
-    final, partial = out / source.split, out / f"{source.split}.partial"
+    final = out / source.split
+    partial = _partial(final)
     plan = _plan(source, options)
     fingerprint = _fingerprint(source, options, plan)
     total = len(source.images)
@@ -189,17 +190,8 @@ def _claim(
     `stamp` looks at every image: it is called after the refusals only.
     Jobs of a cluster can outlive the build that sent them, and its directory: they know files of other names.
     """
-    started = partial / "work" / "build.json"
-    ours = started.exists() and not overwrite  # goes on, and nothing in it is deleted
-    for directory in (final, _replaced(final), *([] if ours else [partial])):
-        _refuse_foreign(directory)
-    if not (resume or overwrite):
-        if partial.exists():
-            raise DataError(
-                f"{partial} is an unfinished build: continue it with --resume, or use --overwrite"
-            )
-        if final.exists():
-            raise DataError(f"{final} already exists: replace it with --overwrite, or name another OUT")
+    refuse_taken(final, resume, overwrite)
+    started = _started(partial)
     work = started.parent
     if partial.exists():
         lock = _lock(partial)
@@ -243,6 +235,32 @@ def _claim(
     work.mkdir()
     write_atomic(started, json.dumps(content).encode())
     return lock, token
+
+
+def refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
+    """DataError where OUT/<split> is not to be built: it is there, or begun, or what no build has made is.
+
+    Names of files tell that, so that it can be known before a million images are listed.
+    """
+    partial = _partial(final)
+    ours = _started(partial).exists() and not overwrite  # goes on, and nothing in it is deleted
+    for directory in (final, _replaced(final), *([] if ours else [partial])):
+        _refuse_foreign(directory)
+    if not (resume or overwrite):
+        if partial.exists():
+            raise DataError(
+                f"{partial} is an unfinished build: continue it with --resume, or use --overwrite"
+            )
+        if final.exists():
+            raise DataError(f"{final} already exists: replace it with --overwrite, or name another OUT")
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f"{final.name}.partial")
+
+
+def _started(partial: Path) -> Path:
+    return partial / "work" / "build.json"
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -514,7 +532,7 @@ def _publish(partial: Path, final: Path) -> Manifest:
     manifest = Manifest.load(partial)
     if final.exists():  # maybe it was not there when the build began, hours ago
         _refuse_foreign(final)
-        started = partial / "work" / "build.json"
+        started = _started(partial)
         if started.exists() and not json.loads(started.read_bytes())["overwrite"]:
             raise DataError(f"{final} has come meanwhile: move it away, then continue with --resume")
     shutil.rmtree(partial / "work", ignore_errors=True)

@@ -268,6 +268,13 @@ def test_what_comes_while_a_build_is_at_work_is_not_deleted(
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
+def test_a_split_in_the_way_is_told_before_the_other_is_built(class_folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    result = CliRunner().invoke(build, [str(class_folders), str(tmp_path)])
+    assert result.exit_code == 1 and f"{tmp_path / 'val'} already exists" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["val"]
+
+
 def test_a_source_is_not_its_own_output(class_folders: Path, tmp_path: Path) -> None:
     shutil.copytree(class_folders, tmp_path / "photos")
     before = _tree(tmp_path / "photos")

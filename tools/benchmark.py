@@ -565,11 +565,16 @@ def bench_scale(bench: Bench) -> Iterator[Row]:
     builds = {
         times: build(bench.repeated(times * bench.enough), sets[times], bench.workers) for times in sizes
     }
-    starts, memory = {}, {}
-    for times, data in sets.items():
-        # each in a process of its own: memory that is kept would be counted again
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            starts[times], memory[times] = pool.submit(first_batch, bench, data).result()
+    begun: dict[int, list[tuple[float, int]]] = {times: [] for times in sizes}
+    for _ in range(bench.rounds):
+        for times, data in sets.items():
+            # each in a process of its own: memory that is kept would be counted again
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                begun[times].append(pool.submit(first_batch, bench, data).result())
+    starts, memory = (
+        {times: statistics.median(turn[what] for turn in turns) for times, turns in begun.items()}
+        for what in range(2)
+    )
     loads = dict(
         zip(sizes, bench.rates(*(partial(load_rate, bench, sets[times]) for times in sizes)), strict=True)
     )

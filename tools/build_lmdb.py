@@ -13,7 +13,7 @@ import click
 from tqdm import tqdm
 
 from pipeline import DataError
-from pipeline.build import MAX_IMAGES_PER_SHARD, Options, Summary, build_split
+from pipeline.build import MAX_IMAGES_PER_SHARD, Options, Summary, build_split, refuse_taken
 from pipeline.cifar import is_archive, unpacked
 from pipeline.raw import find_splits, not_read, open_source, refuse_splits_as_classes
 from pipeline.shards import ENCODINGS, MANIFEST, Manifest
@@ -133,6 +133,9 @@ def main(
             if more := not_read(source, splits, [path for path in (out, labels, devkit, names) if path]):
                 some = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
                 click.echo(f"{source} holds {some} beside {' and '.join(splits)}: not read", err=True)
+        if not resume:
+            for name in splits:  # all of them, before hours go into the first
+                refuse_taken(out / name, resume, overwrite)
         make_pool = click.get_current_context().with_resource(_pools(scheduler, source, out))
         for name, path in splits.items():
             with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:

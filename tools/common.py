@@ -104,12 +104,14 @@ def data_option(help: str) -> Callable[[Any], Any]:
 def data_of(run: Path, data: Path | None) -> Path:
     """The data set to judge RUN on: the one named, else its own, else data/imagenet.
 
-    Raises DataError where its own is not found: config.json has the path as it was given then.
+    Raises DataError where its own is not found: config.json has the path as it was given then. ModelError if there
+    is no such run.
     """
     if data:
         return data
+    path = checkpoint.find(run)
     try:
-        own = read_config(checkpoint.find(run).parent)["data"]
+        own = read_config(path.parent)["data"]
     except (ModelError, KeyError):  # a file beside a checkpoint may be any program's
         own = None
     if not isinstance(own, str):

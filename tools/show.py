@@ -236,12 +236,13 @@ def curves_figure(logs: dict[str, list[LogEntry]]) -> Figure:
         x, val_x = ([e["step"] / per_epoch for e in entries] for entries in (train, val))
         label = name if len(logs) > 1 else None
         few = {"marker": "o", "markersize": 3.5} if len(val) <= 40 else {}
-        loss.plot(x, [e["loss"] for e in train], color=color, alpha=0.45, linewidth=1)
+        one = {"marker": "o", "markersize": 3.5} if len(train) == 1 else {}  # a line needs two
+        loss.plot(x, [e["loss"] for e in train], color=color, alpha=0.45, linewidth=1, **one)
         loss.plot(val_x, [e["loss"] for e in val], color=color, label=label, **few)
         accuracy.plot(val_x, [100 * e["top1"] for e in val], color=color, **few)
         accuracy.plot(val_x, [100 * e["top5"] for e in val], color=color, linestyle="--", **few)
-        lr.plot(x, [e["lr"] for e in train], color=color, drawstyle="steps-post")
-        speed.plot(x, [e["images_per_s"] for e in train], color=color, linewidth=1)
+        lr.plot(x, [e["lr"] for e in train], color=color, drawstyle="steps-post", **one)
+        speed.plot(x, [e["images_per_s"] for e in train], color=color, linewidth=1, **one)
     loss.set(title="Loss (cross entropy, nats)")
     accuracy.set(title="Validation accuracy (%)")
     lr.set(title="Learning rate", yscale="log")
