@@ -1,10 +1,10 @@
 // Views of decoded images in one pass: crop, mirror, colour shift, mean (pipeline/views.py).
 //
 // A row of a crop is contiguous in the image, in the mean image and in the output, so that one plain loop, which
-// compilers turn into vector instructions, does all of the arithmetic. A row to be mirrored is turned round first, while
-// its values are bytes, into a buffer that stays in the first-level cache; the mean image comes with its mirror image.
-// Threads live for one call: OpenMP's would spin for a while after it, where DALI's threads want the cores for the next
-// batch.
+// compilers turn into vector instructions, does all of the arithmetic. A row to be mirrored is turned round first,
+// while its values are bytes, into a buffer that stays in the first-level cache; the mean image comes with its mirror
+// image. Threads live for one call: OpenMP's would spin for a while after it, where DALI's threads want the cores for
+// the next batch.
 
 #include <algorithm>
 #include <atomic>
@@ -22,9 +22,9 @@ namespace {
 // A row of pixels, last pixel first, five at a time: 15 of 16 bytes.
 void mirror(const uint8_t* from, uint8_t* to, int64_t pixels) {
     typedef uint8_t Bytes __attribute__((vector_size(16)));
-    for (from += 3 * pixels - 16; pixels > 5; pixels -= 5, from -= 15, to += 15) {
+    for (; pixels > 5; pixels -= 5, to += 15) {
         Bytes five;
-        std::memcpy(&five, from, sizeof five);
+        std::memcpy(&five, from + 3 * pixels - 16, sizeof five);
 #ifdef __clang__
         five = __builtin_shufflevector(five, five, 13, 14, 15, 10, 11, 12, 7, 8, 9, 4, 5, 6, 1, 2, 3, 0);
 #else
@@ -32,7 +32,7 @@ void mirror(const uint8_t* from, uint8_t* to, int64_t pixels) {
 #endif
         std::memcpy(to, &five, sizeof five);  // the 16th is overwritten by what follows
     }
-    for (from += 13; pixels > 0; --pixels, from -= 3, to += 3) std::memcpy(to, from, 3);
+    for (; pixels > 0; --pixels, to += 3) std::memcpy(to, from + 3 * (pixels - 1), 3);
 }
 
 // `means`: each row of the mean image, and after it the same row mirrored.
@@ -44,7 +44,7 @@ void view(const uint8_t* image, const float* means, const int32_t* anchor, bool 
         const uint8_t* levels = image + ((anchor[0] + y) * size + anchor[1]) * 3;
         const float* average = means + ((anchor[0] + y) * 2 * size + left) * 3;
         // two rows on: the hardware's own prefetching stops at every page
-        for (int64_t i = 0; i < values; i += 64) __builtin_prefetch(levels + 2 * 3 * size + i);
+        for (int64_t i = 0; i < values && y + 2 < crop; i += 64) __builtin_prefetch(levels + 2 * 3 * size + i);
         if (flip) {
             mirror(levels, mirrored, crop);
             levels = mirrored;

@@ -242,6 +242,13 @@ def refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
 
     Names of files tell that, so that it can be known before a million images are listed.
     """
+    try:
+        _refuse_taken(final, resume, overwrite)
+    except OSError as error:
+        raise _disk_error(error, final.parent) from None
+
+
+def _refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
     partial = _partial(final)
     ours = _started(partial).exists() and not overwrite  # goes on, and nothing in it is deleted
     for directory in (final, _replaced(final), *([] if ours else [partial])):

@@ -1,7 +1,8 @@
 """What DALI's external_source asks for: records, labels and the plan's numbers of one batch.
 
-Runs in light worker processes of its own, so nothing here imports torch. Both feeds are pure functions of
-the batch number, which is all that DALI hands to a worker.
+Runs in light worker processes of its own, so nothing here imports torch; where the numbers do not go through
+DALI, the trainer's process asks for them itself. Both feeds are pure functions of the batch number, which is all
+that DALI hands to a worker.
 https://docs.nvidia.com/deeplearning/dali/user-guide/docs/examples/general/data_loading/parallel_external_source.html
 """
 
@@ -23,8 +24,8 @@ from pipeline.shards import ShardReader
 PADDED = 3  # times as many bytes with those zeros, at most
 Records = list[np.ndarray] | np.ndarray
 # arrays over n samples: anchor int32 (n, 2), flip int32 (n,), shift float32 (n, 3) in levels of 0..255
-Views = tuple[np.ndarray, np.ndarray, np.ndarray]
-# records, label int64 (n,), and the three of Views
+Cuts = tuple[np.ndarray, np.ndarray, np.ndarray]
+# records, label int64 (n,), and the three of Cuts
 FeedBatch = tuple[Records, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -38,10 +39,11 @@ def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray
     image ends, and `ShardReader` sees to it that it does.
     """
     indices = samples.tolist()
-    stored = [reader.stored_bytes(index) for index in indices]
-    longest, rows = max(stored), None
-    if reader.manifest.encoding != "raw" and len(stored) * longest <= PADDED * sum(stored):
-        rows = np.empty((len(stored), longest), np.uint8)
+    rows = None
+    if reader.manifest.encoding != "raw":
+        stored = [reader.stored_bytes(index) for index in indices]
+        if len(stored) * max(stored) <= PADDED * sum(stored):
+            rows = np.empty((len(stored), max(stored)), np.uint8)
     records, labels = [], []
     for position, index in enumerate(indices):
         record, label = reader.read(index)
@@ -72,7 +74,7 @@ class _Feed:
     def samples(self, iteration: int) -> np.ndarray:
         raise NotImplementedError
 
-    def views(self, iteration: int) -> Views:
+    def views(self, iteration: int) -> Cuts:
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -108,7 +110,7 @@ class TrainFeed(_Feed):
         epoch, step = divmod(self.first_step + iteration, self.plan.steps_per_epoch)
         return self.plan.samples(epoch, step)[self._mine]
 
-    def views(self, iteration: int) -> Views:
+    def views(self, iteration: int) -> Cuts:
         """The iteration's crops, flips and colour shifts."""
         epoch, step = divmod(self.first_step + iteration, self.plan.steps_per_epoch)
         anchor, flip, color = (values[self._mine] for values in self.plan.views(epoch, step))
@@ -138,7 +140,7 @@ class EvalFeed(_Feed):
         """Data set indices of the iteration's batch, (n,)."""
         return self.indices[iteration * self.batch : (iteration + 1) * self.batch]
 
-    def views(self, iteration: int) -> Views:
+    def views(self, iteration: int) -> Cuts:
         """Centre crops, not mirrored, colours as they are."""
         n = len(self.samples(iteration))
         center = np.full((n, 2), (self.size - self.crop) // 2, dtype=np.int32)

@@ -101,15 +101,16 @@ def graph(
     """
     gpu, size, crop = device == "gpu", preprocess.size, preprocess.crop
     # the numbers of crop, flip and colour only where the graph needs them: each array costs time on its way
+    outputs = 2 if decoded else 5
     record, label, *numbers = fn.external_source(
         feed.records if decoded else feed,
-        num_outputs=2 if decoded else 5,
+        num_outputs=outputs,
         batch=True,
         batch_info=True,
         parallel=parallel,
         **({"prefetch_queue_depth": READ_AHEAD} if parallel else {}),
-        dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT][: 2 if decoded else 5],
-        ndim=[3 if raw else 1, 0, 1, 0, 1][: 2 if decoded else 5],
+        dtype=[types.UINT8, types.INT64, types.INT32, types.INT32, types.FLOAT][:outputs],
+        ndim=[3 if raw else 1, 0, 1, 0, 1][:outputs],
     )
     window = types.Constant(np.array([crop, crop], np.int32), device="cpu")
     absolute = {"axes": [0, 1], "normalized_anchor": False, "normalized_shape": False}
@@ -217,7 +218,8 @@ class Loader:
     `workers` processes read the shards; 0 reads in this process. `prefetch` batches are made ahead (2 on a
     GPU, 1 on the CPU, where the batch is made when it is asked for). Batches are on `device`. Tensors stay valid
     as long as they are held. A training loader ends at its feed's end_step; an evaluation loader can be
-    iterated over again. Raises DataError that names the shard and key of a record that does not decode.
+    iterated over again. Raises DataError that names the shard and key of a record that does not decode, and the
+    same again when asked for more.
     """
 
     def __init__(
@@ -237,7 +239,8 @@ class Loader:
     ) -> None:
         self.feed = feed
         self.preprocess = preprocess
-        self._iteration = 0
+        self._iteration = 0  # the batch that DALI gives next
+        self._failed: DataError | None = None
         self._device = device
         self._dtype = dtype
         threads = threads or cpu_threads()
@@ -273,7 +276,7 @@ class Loader:
         )
         others = set(multiprocessing.active_children())
         with light_readers(), warnings.catch_warnings():
-            # ten crops and raw records use not all that a feed gives, which costs a few bytes a sample
+            # ten crops in DALI's own graph need no anchors and flips
             warnings.filterwarnings("ignore", message=".*outputs at the indices.*are not used")
             try:
                 self._pipe.build()
@@ -294,6 +297,8 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._failed:  # DALI may be a batch further now, or not
+            raise self._failed
         try:
             with self._watch.inside():
                 stream = [torch.cuda.current_stream()] if self._device == "gpu" else []
@@ -311,10 +316,12 @@ class Loader:
                 self._pipe.reset()
             self._iteration = 0
             raise
-        except DataError:
+        except DataError as error:
+            self._failed = error
             raise
         except Exception as error:  # DALI raises bare ones for what fails in a reader process
-            raise self._explain(error) from error
+            self._failed = self._explain(error)
+            raise self._failed from error
         self._iteration += 1
         return images.movedim(-1, -3).to(self._dtype), labels
 

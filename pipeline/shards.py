@@ -335,7 +335,10 @@ class ShardReader:
         return self.manifest.shards[shard]["name"], record_key(local)
 
     def stored_bytes(self, index: int) -> int:
-        """Size of the record of global `index` in its shard, a few bytes more than its data; raises as `read`."""
+        """Size of the record of global `index` in its shard, a few bytes more than its data.
+
+        IndexError outside 0..len-1; DataError where there is none.
+        """
         return len(self._stored(*self._split_index(index)))
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
@@ -361,7 +364,7 @@ class ShardReader:
         return data, datum.label
 
     def _stored(self, shard: int, local: int) -> memoryview:
-        """The record as it lies in the file, which is mapped into memory: valid until `close`."""
+        """The record as it lies in the file, which is mapped into memory: to be used at once."""
         if os.getpid() != self._pid:
             self._reset()
         try:

@@ -38,7 +38,8 @@ class ViewCutter:
         if mean.shape != (self._size, self._size, 3) or not 0 < crop <= self._size:
             raise ValueError(f"no crop of {crop} pixels of a mean image of {mean.shape}")
         self._kernel = library[KERNELS[dtype]]
-        self._means = torch.from_numpy(np.concatenate([mean, mean[:, ::-1]], axis=1).astype(np.float32))
+        both = np.concatenate([mean, mean[:, ::-1]], axis=1)
+        self._means = torch.from_numpy(np.ascontiguousarray(both, np.float32))
 
     @classmethod
     def of(cls, mean: np.ndarray, crop: int, dtype: torch.dtype, threads: int) -> ViewCutter | None:

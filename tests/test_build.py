@@ -273,6 +273,8 @@ def test_a_split_in_the_way_is_told_before_the_other_is_built(class_folders: Pat
     result = CliRunner().invoke(build, [str(class_folders), str(tmp_path)])
     assert result.exit_code == 1 and f"{tmp_path / 'val'} already exists" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["val"]
+    result = CliRunner().invoke(build, [str(class_folders), str(tmp_path / ("a" * 300))])
+    assert result.exit_code == 1 and "File name too long" in result.output
 
 
 def test_a_source_is_not_its_own_output(class_folders: Path, tmp_path: Path) -> None:

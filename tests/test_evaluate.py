@@ -74,7 +74,7 @@ def test_without_data_it_is_the_runs_own(dataset, tmp_path, monkeypatch):
     (run / "config.json").write_text(json.dumps({"data": str(dataset)}))
     assert "24 images of" in invoke(run).output
     assert "24 images of" in invoke(run / "best.pt").output
-    assert f"{tmp_path / 'ran'}" in invoke(tmp_path / "ran", code=1).output
+    assert f"there is no run at {tmp_path / 'ran'}" in invoke(tmp_path / "ran", code=1).output
     (run / "config.json").write_text(json.dumps({"data": "gone"}))
     assert "was trained on gone, which is not found from here: give --data" in invoke(run, code=1).output
     for text in ("// another program's", "[1]", "null", '{"data": 3}', "{}"):

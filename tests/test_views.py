@@ -59,19 +59,23 @@ def test_every_size_equals_numpy(size, count, each, threads, data):
         window = np.s_[top : top + crop, left : left + crop]
         expected = images[i // each][window].astype(np.float64) - mean[window] + shifts[i]
         np.testing.assert_allclose(found[i], expected[:, ::-1] if flips[i] else expected, atol=1e-4)
-    rounded = ViewCutter.of(mean, crop, torch.bfloat16, threads)(*given_)
+    rounded = ViewCutter.of(np.asfortranarray(mean), crop, torch.bfloat16, threads)(*given_)
     assert torch.equal(rounded, found.bfloat16())  # torch rounds to the nearest even, too
 
 
 @needs_compiler
 @pytest.mark.parametrize("mode", MEANS)
-@pytest.mark.parametrize("workers", [0, 1])
-def test_training_batches_are_those_of_dalis_operators(dataset, mode, workers):
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (0, 2), (1, 1), (1, 3)])
+def test_training_batches_are_those_of_dalis_operators(dataset, mode, workers, prefetch):
+    """From one epoch into the next, and with DALI some batches ahead."""
     reader = ShardReader(dataset / "train")
     preprocess = Preprocess.load(dataset / "train", 224, mode)
+    plan = Plan(len(reader), 16)
+    first = plan.steps_per_epoch - 1
 
     def batches(**options):
-        return train_loader(reader, Plan(len(reader), 16), preprocess, end_step=3, workers=workers, **options)
+        options |= {"workers": workers, "prefetch": prefetch}
+        return train_loader(reader, plan, preprocess, first_step=first, end_step=first + 3, **options)
 
     # with a mean a channel DALI subtracts mean minus shift, whose rounding is another
     same = torch.equal if mode != "channel" else lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-4)
@@ -93,7 +97,9 @@ def test_evaluation_and_raw_records_too(dataset, raw_val, ten_crops):
         reader = ShardReader(data)
         for workers in (0, 1):
             options = {"ten_crops": ten_crops, "workers": workers}
-            fused = list(eval_loader(reader, preprocess, 7, **options))
+            fused = eval_loader(reader, preprocess, 7, prefetch=2, **options)
+            first, fused = list(fused), list(fused)
+            assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, fused, strict=True))
             plain = list(eval_loader(reader, preprocess, 7, fused=False, **options))
             assert len(fused) == len(plain) == -(-len(reader) // 7)
             for (a, la), (b, lb) in zip(fused, plain, strict=True):

@@ -133,9 +133,9 @@ def main(
             if more := not_read(source, splits, [path for path in (out, labels, devkit, names) if path]):
                 some = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
                 click.echo(f"{source} holds {some} beside {' and '.join(splits)}: not read", err=True)
-        if not resume:
-            for name in splits:  # all of them, before hours go into the first
-                refuse_taken(out / name, resume, overwrite)
+        # all of them, before hours go into the first; with --resume each is looked at in its turn
+        for name in () if resume else splits:
+            refuse_taken(out / name, resume=False, overwrite=overwrite)
         make_pool = click.get_current_context().with_resource(_pools(scheduler, source, out))
         for name, path in splits.items():
             with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:
