@@ -107,14 +107,17 @@ class TrainFeed(_Feed):
         """Data set indices of the iteration's batch, (n,) uint32; none from `end_step` on."""
         if self.first_step + iteration >= self.end_step:
             return np.empty(0, np.uint32)
-        epoch, step = divmod(self.first_step + iteration, self.plan.steps_per_epoch)
-        return self.plan.samples(epoch, step)[self._mine]
+        return self.plan.samples(*self._position(iteration))[self._mine]
 
     def views(self, iteration: int) -> Cuts:
         """The iteration's crops, flips and colour shifts."""
-        epoch, step = divmod(self.first_step + iteration, self.plan.steps_per_epoch)
-        anchor, flip, color = (values[self._mine] for values in self.plan.views(epoch, step))
+        mine = self._mine
+        anchor, flip, color = (values[mine] for values in self.plan.views(*self._position(iteration)))
         return anchor, flip, color @ self.color_basis.T.astype(np.float32)
+
+    def _position(self, iteration: int) -> tuple[int, int]:
+        """Epoch, and step in it."""
+        return divmod(self.first_step + iteration, self.plan.steps_per_epoch)
 
     @property
     def _mine(self) -> slice:

@@ -33,7 +33,7 @@ from pipeline.plan import Plan
 from pipeline.prepare import decode
 from pipeline.readers import ReaderWatch, check_shared_memory
 from pipeline.shards import Manifest, ShardReader
-from pipeline.views import ViewCutter, ten_views
+from pipeline.views import ViewCutter, ten_views, with_mirror_image
 
 MEANS = ("pixel", "channel", "none")
 READ_AHEAD = 2  # batches that the reader processes are ahead: a slow read does not stall the graph
@@ -131,9 +131,7 @@ def graph(
 
     per_pixel = preprocess.mean_mode == "pixel"
     channel_mean = np.zeros(3, np.float32) if per_pixel else preprocess.mean[0, 0]
-    # the mean image and its mirror image side by side: one slice gets the part of either that a crop needs
-    mirrored_too = np.concatenate([preprocess.mean, preprocess.mean[:, ::-1]], axis=1)
-    mean_images = types.Constant(mirrored_too, device=device, layout="HWC")
+    mean_images = types.Constant(with_mirror_image(preprocess.mean), device=device, layout="HWC")
 
     def integers(*values: int) -> Any:
         return types.Constant(np.array(values, np.int32), device="cpu")

@@ -24,6 +24,14 @@ def ten_views(size: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(corners * 2, np.int32), np.repeat(np.array([0, 1], np.int32), 5)
 
 
+def with_mirror_image(mean: np.ndarray) -> np.ndarray:
+    """The mean image and its mirror image side by side, (size, 2 * size, 3) float32: one slice is any crop's part.
+
+    Column x of the mean image is column 2 * size - 1 - x of the pair.
+    """
+    return np.ascontiguousarray(np.concatenate([mean, mean[:, ::-1]], axis=1), np.float32)
+
+
 class ViewCutter:
     """Turns decoded images and the plan's numbers into the network's input.
 
@@ -38,8 +46,7 @@ class ViewCutter:
         if mean.shape != (self._size, self._size, 3) or not 0 < crop <= self._size:
             raise ValueError(f"no crop of {crop} pixels of a mean image of {mean.shape}")
         self._kernel = library[KERNELS[dtype]]
-        both = np.concatenate([mean, mean[:, ::-1]], axis=1)
-        self._means = torch.from_numpy(np.ascontiguousarray(both, np.float32))
+        self._means = torch.from_numpy(with_mirror_image(mean))
 
     @classmethod
     def of(cls, mean: np.ndarray, crop: int, dtype: torch.dtype, threads: int) -> ViewCutter | None:

@@ -235,8 +235,9 @@ def curves_figure(logs: dict[str, list[LogEntry]]) -> Figure:
         per_epoch = val[0]["step"] / (val[0]["epoch"] + 1) if by_epoch else 1
         x, val_x = ([e["step"] / per_epoch for e in entries] for entries in (train, val))
         label = name if len(logs) > 1 else None
-        few = {"marker": "o", "markersize": 3.5} if len(val) <= 40 else {}
-        one = {"marker": "o", "markersize": 3.5} if len(train) == 1 else {}  # a line needs two
+        dots = {"marker": "o", "markersize": 3.5}
+        few = dots if len(val) <= 40 else {}
+        one = dots if len(train) == 1 else {}  # a line needs two
         loss.plot(x, [e["loss"] for e in train], color=color, alpha=0.45, linewidth=1, **one)
         loss.plot(val_x, [e["loss"] for e in val], color=color, label=label, **few)
         accuracy.plot(val_x, [100 * e["top1"] for e in val], color=color, **few)
