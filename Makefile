@@ -35,4 +35,4 @@ bench: install
 	$(BIN)/python tools/benchmark.py $(if $(DATA),'$(DATA)')
 
 faults: install
-	$(BIN)/python tools/faults.py $(foreach folder,$(CORPUS),--corpus '$(folder)')
+	PYTHONPATH=tests $(BIN)/python -m faults.injection $(foreach folder,$(CORPUS),--corpus '$(folder)')

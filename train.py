@@ -25,17 +25,21 @@ import torch
 from click.core import ParameterSource
 from tqdm import tqdm
 
-from model import ModelError, recipe
+from base.errors import DataError, ModelError
+from base.files import write_atomic
+from base.machine import cpu_threads
 from model.alexnet import ACTIVATIONS, DROPPABLE, VARIANTS, AlexNet
-from model.checkpoint import Checkpoints
-from model.evaluation import evaluate
-from model.layouts import LAYOUTS, Layout
-from model.modern import Ema, cross_entropy, mix
-from model.parallel import Ranks, count_gpus, launch, reduces, under_torchrun
-from pipeline import DataError
-from pipeline.loader import MEANS, Preprocess, cpu_threads, eval_loader, train_loader
-from pipeline.plan import AUGMENTATIONS, Plan
-from pipeline.shards import ShardReader, write_atomic
+from model.parallel.layouts import LAYOUTS, Layout
+from model.parallel.ranks import Ranks, count_gpus, launch, reduces, under_torchrun
+from model.training import recipe
+from model.training.checkpoint import Checkpoints
+from model.training.ema import Ema
+from model.training.evaluation import evaluate
+from model.training.mixup import cross_entropy, mix
+from pipeline.load.loader import eval_loader, train_loader
+from pipeline.load.plan import AUGMENTATIONS, Plan
+from pipeline.preprocess import MEANS, Preprocess
+from pipeline.shards import ShardReader
 
 # What --resume may change: how fast and how long. The weights' path stays but for rounding, except that batch
 # normalisation is over each rank's part of a batch, and that --epochs stretches the schedules that end with it.

@@ -1,7 +1,1 @@
-"""All that holds or moves weights: the network, its recipe, checkpoints and parallel layouts."""
-
-import click
-
-
-class ModelError(click.ClickException):
-    """A checkpoint or option that cannot be used: one line that says what to do (exit code 1)."""
+"""The network, how it is trained, and how it is split across ranks."""

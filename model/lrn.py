@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import native
-from model import ModelError
+from base.errors import ModelError
 
 BACKENDS = ("auto", "native", "compiled", "eager")
 DEFAULT_BACKEND = os.environ.get("ALEXNET_LRN", "auto")

@@ -1,5 +1,5 @@
 // What a build does to every image beside decoding and encoding, with the results of OpenCV bit for bit
-// (pipeline/prepare.py): shrinking by averaging areas, four to five times as fast as cv2.resize, and statistics of
+// (pipeline/build/images.py): shrinking by averaging areas, four to five times as fast as cv2.resize, and statistics of
 // the pixels.
 
 #include <algorithm>

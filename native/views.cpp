@@ -1,4 +1,4 @@
-// Views of decoded images in one pass: crop, mirror, colour shift, mean (pipeline/views.py).
+// Views of decoded images in one pass: crop, mirror, colour shift, mean (pipeline/load/views.py).
 //
 // A row of a crop is contiguous in the image, in the mean image and in the output, so that one plain loop, which
 // compilers turn into vector instructions, does all of the arithmetic. A row to be mirrored is turned round first,

@@ -31,7 +31,8 @@ import lmdb
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from pipeline import DataError
+from base.errors import DataError
+from base.files import file_sha256, fsync_directory, write_atomic
 from pipeline.datum_pb2 import Datum
 
 FORMAT_VERSION = 1
@@ -73,32 +74,6 @@ def foreign(split_dir: Path) -> str | None:
 
 _OWN_FOLDER = r"work|shard-\d{5,}(\..+)?"
 _OWN_FILE = r"\..*|((manifest|build)\.json|mean\.npy|crc32\.npy|(data|lock)\.mdb|shard-\d{5,}\..+)(\.tmp)?"
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the renames inside `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_directory(path.parent)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-import pipeline.readers
-from pipeline.build import Options, build_split
-from pipeline.raw import open_source
+import pipeline.load.readers
+from pipeline.build.sources import open_source
+from pipeline.build.split import Options, build_split
 
 CLASSES = ("astronaut", "chelsea", "coffee", "rocket")
 TRAIN_TILES, VAL_TILES = 24, 6  # per class
@@ -61,7 +61,7 @@ def dataset(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(autouse=True, scope="session")
 def no_reader_ends_the_tests() -> None:
     """A trainer that waits for a dead reader ends itself; here pytest's own time limit does."""
-    pipeline.readers.PATIENCE = math.inf
+    pipeline.load.readers.PATIENCE = math.inf
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,11 +29,11 @@ import click
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from model import ModelError
+from base.errors import ModelError
+from base.machine import cpu_threads
 from model.alexnet import ACTIVATIONS
-from model.checkpoint import Checkpoints
-from model.parallel import count_gpus
-from pipeline.loader import cpu_threads
+from model.parallel.ranks import count_gpus
+from model.training.checkpoint import Checkpoints
 from pipeline.shards import MANIFEST, ShardReader
 from tools.common import CONTEXT, option, write_text
 from tools.pictures import COLORS, new_figure, save

@@ -30,14 +30,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import recipe
+from base.machine import cpu_threads, keep_freed_memory
 from model.alexnet import AlexNet
-from model.layouts import Layout
 from model.lrn import LRN
-from model.parallel import Ranks, keep_freed_memory, launch
-from pipeline.loader import Loader, Preprocess, cpu_threads, train_loader
-from pipeline.plan import Plan
-from pipeline.prepare import RejectedError, encode_bgr, prepare_bgr
+from model.parallel.layouts import Layout
+from model.parallel.ranks import Ranks, launch
+from model.training import recipe
+from pipeline.build.images import RejectedError, encode_bgr, prepare_bgr
+from pipeline.load.loader import Loader, train_loader
+from pipeline.load.plan import Plan
+from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest, ShardReader
 from tools.peers import import_torchvision
 from train import amp_dtype, input_dtype

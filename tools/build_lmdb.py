@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import click
 from tqdm import tqdm
 
-from pipeline import DataError
-from pipeline.build import MAX_IMAGES_PER_SHARD, Options, Summary, build_split, refuse_taken
-from pipeline.cifar import is_archive, unpacked
-from pipeline.raw import find_splits, not_read, open_source, refuse_splits_as_classes
+from base.errors import DataError
+from pipeline.build.cifar import is_archive, unpacked
+from pipeline.build.sources import find_splits, not_read, open_source, refuse_splits_as_classes
+from pipeline.build.split import MAX_IMAGES_PER_SHARD, Options, Summary, build_split, refuse_taken
 from pipeline.shards import ENCODINGS, MANIFEST, Manifest
 
 DEFAULT_QUALITY = 90
@@ -188,7 +188,7 @@ def _pools(scheduler: str | None, source: Path, out: Path) -> Iterator[Callable[
         yield None
         return
     try:
-        from pipeline.cluster import Cluster
+        from pipeline.build.cluster import Cluster
     except ImportError:
         raise DataError("--scheduler needs Dask: pip install -e '.[cluster]'") from None
     with Cluster(scheduler, source, out) as cluster:

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
-from torch import Tensor
 
-from model import ModelError, checkpoint
+from base.errors import DataError, ModelError
 from model.alexnet import AlexNet
-from model.parallel import count_gpus
-from pipeline import DataError
-from pipeline.loader import Preprocess
-from pipeline.shards import Manifest, ShardReader
+from model.parallel.ranks import count_gpus
+from model.training import checkpoint
+from pipeline.preprocess import Preprocess
+from pipeline.shards import Manifest
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 TOP = 5
@@ -164,33 +162,6 @@ def one_device(gpus: int | None) -> torch.device:
     """`--gpus` of tools that use one device: 0 is the CPU, None a GPU if there is one."""
     gpus = min(1, torch.cuda.device_count()) if gpus is None else count_gpus(gpus)
     return torch.device("cuda", 0) if gpus else torch.device("cpu")
-
-
-def network_input(rgb: np.ndarray, preprocess: Preprocess) -> Tensor:
-    """Prepared images as the network sees them in validation: centre crop, minus the mean.
-
-    rgb: (N, size, size, 3) uint8 -> (N, 3, crop, crop) float32 channels-last, bit for bit what the loader
-    gives for the same pixels.
-    """
-    start = (preprocess.size - preprocess.crop) // 2
-    window = slice(start, start + preprocess.crop)
-    levels = rgb[:, window, window].astype(np.float32) - preprocess.mean[window, window]
-    return torch.from_numpy(levels).movedim(-1, 1)
-
-
-def stored_image(reader: ShardReader, index: int) -> np.ndarray:
-    """A record's pixels, (size, size, 3) uint8 RGB; raises DataError if it does not decode."""
-    from pipeline.prepare import decode
-
-    data, _ = reader.read(index)
-    image = data if data.ndim == 3 else decode(data, reader.manifest.size)
-    if image is None:
-        shard, key = reader.locate(index)
-        raise DataError(
-            f"shard {shard}, key {key.decode()} does not decode: check with "
-            f"`python tools/verify_lmdb.py {reader.split_dir}`"
-        )
-    return image
 
 
 def write_text(path: Path, text: str) -> None:

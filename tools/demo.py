@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipeline import DataError
+from base.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 # photographs inside the scikit-image wheel, one class each: a network that tells them apart has learnt the

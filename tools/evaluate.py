@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.evaluation import log_probabilities
-from model.parallel import Ranks, count_gpus, launch, under_torchrun
-from pipeline.loader import cpu_threads, eval_loader
-from pipeline.plan import rank_slice
+from base.machine import cpu_threads
+from model.parallel.ranks import Ranks, count_gpus, launch, under_torchrun
+from model.training.evaluation import log_probabilities
+from pipeline.load.loader import eval_loader
+from pipeline.load.plan import rank_slice
 from pipeline.shards import ShardReader
 from tools.common import (
     CONTEXT,

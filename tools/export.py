@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import ModelError, checkpoint
+from base.errors import ModelError
 from model.alexnet import AlexNet
 from model.lrn import LRN
-from pipeline.loader import Preprocess
+from model.training import checkpoint
+from pipeline.preprocess import Preprocess
 from pipeline.shards import MANIFEST, Manifest
 from tools.common import CONTEXT, Run, cannot_write, file_option, load_run, option
 

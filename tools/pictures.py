@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from model import ModelError
+from base.errors import ModelError
 from tools.common import cannot_write
 
 # told apart by colour-blind readers too (Okabe and Ito, 2008), the yellow left out: it fades on white

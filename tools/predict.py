@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.evaluation import log_probabilities
-from pipeline import DataError
-from pipeline.loader import eval_loader
-from pipeline.prepare import RejectedError, prepare
+from base.errors import DataError
+from model.training.evaluation import log_probabilities
+from pipeline.build.images import RejectedError, prepare
+from pipeline.load.loader import eval_loader
+from pipeline.preprocess import network_input, stored_image
 from pipeline.shards import ShardReader
 from tools.common import (
     CONTEXT,
@@ -29,11 +30,9 @@ from tools.common import (
     class_names,
     file_option,
     load_run,
-    network_input,
     one_device,
     option,
     run_argument,
-    stored_image,
     write_text,
 )
 

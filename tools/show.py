@@ -17,11 +17,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
-from model import ModelError
+from base.errors import ModelError
 from model.alexnet import AlexNet
-from model.parallel import Ranks
-from pipeline.loader import MEANS, Preprocess, train_loader
-from pipeline.plan import AUGMENTATIONS, Plan
+from model.parallel.ranks import Ranks
+from pipeline.load.loader import train_loader
+from pipeline.load.plan import AUGMENTATIONS, Plan
+from pipeline.preprocess import MEANS, Preprocess, stored_image
 from pipeline.shards import Manifest, ShardReader
 from tools.common import (
     CONTEXT,
@@ -35,7 +36,6 @@ from tools.common import (
     option,
     read_config,
     run_argument,
-    stored_image,
     write_text,
 )
 from tools.evaluate import confusion, confusion_figure, judge, per_class, score

@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from pipeline import DataError
+from base.errors import DataError
+from pipeline.build.verify import count_duplicates, verify_split
 from pipeline.shards import MANIFEST, Manifest
-from pipeline.verify import count_duplicates, verify_split
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -1,0 +1,305 @@
+"""Layouts: how one network lies on several ranks; the same mathematics in each of them.
+
+    data    every rank holds all weights and takes its part of the batch; gradients are averaged
+    hybrid  so the convolutions; of the fully connected layers, nine tenths of the weights, each rank holds a slice
+            and computes it for all parts of the batch: their gradients are never sent
+            ("One weird trick", Krizhevsky 2014, arXiv:1404.5997)
+    towers  two ranks hold half of each layer's kernels and see the whole batch; they meet where a layer reads all
+            maps, in `paper` conv3 and the fully connected ones (paper, section 3.2 and figure 2)
+
+Whatever the layout, state dicts are those of the plain network: gathered when asked for, sliced when loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+from base.errors import ModelError
+from model.alexnet import AlexNet
+from model.dropout import KeyedDropout
+from model.lrn import LRN
+from model.parallel.ranks import Ranks, average_buffers, distribute
+
+LAYOUTS = ("data", "hybrid", "towers")
+
+
+class Layout:
+    """A network laid out over all ranks. The network is changed in place, before an optimiser is made for it.
+
+    Args:
+        network: with the same weights on every rank.
+        kind: one of LAYOUTS; on a single rank they are all the plain network.
+        global_batch: images a step over all ranks.
+
+    Raises:
+        ModelError: a layout that the network or the number of ranks does not allow.
+    """
+
+    def __init__(self, network: AlexNet, kind: str, ranks: Ranks, global_batch: int) -> None:
+        if kind not in LAYOUTS:
+            raise ModelError(f"no layout {kind!r}: choose one of {', '.join(LAYOUTS)}")
+        if kind == "towers" and ranks.world_size > 2:
+            raise ModelError(f"--layout towers is for 2 ranks, not {ranks.world_size}: use data or hybrid")
+        self.network, self.ranks = network, ranks
+        self.kind = kind if ranks.world_size > 1 else "data"
+        everything = self.kind == "towers"
+        # which part of each global batch this rank's loader brings, the images in it, and its first row
+        self.place = {
+            "rank": 0 if everything else ranks.rank,
+            "world_size": 1 if everything else ranks.world_size,
+        }
+        self.batch = global_batch // self.place["world_size"]
+        self.first_row = self.place["rank"] * self.batch
+        self.dims: dict[
+            str, int
+        ] = {}  # of each sliced tensor of the state dict, the dimension it is sliced in
+        self._sliced: Tensor | None = None  # which of the parameters that `sum_of_slices` is asked for
+        if self.kind != "data":
+            self._plain = copy.deepcopy(network).to("meta")
+            if self.kind == "towers":
+                self._split_features()
+            self._split_classifier()
+
+    def _split_features(self) -> None:
+        """Half of the kernels; what normalises or reads beyond them fetches the other half's maps."""
+        first = True
+        for name, layer in list(self.network.features.named_children()):
+            if isinstance(layer, nn.Conv2d):
+                if layer.groups == 1 and not first:
+                    layer.register_forward_pre_hook(lambda _, args: (_gather_units(args[0]),))
+                layer.groups = 1
+                layer.out_channels //= 2
+                self._slice(f"features.{name}", layer, ("weight", "bias"))
+                layer.in_channels, first = layer.weight.shape[1], False
+            elif isinstance(layer, nn.BatchNorm2d):
+                layer.num_features //= 2
+                self._slice(f"features.{name}", layer, ("weight", "bias", "running_mean", "running_var"))
+            elif isinstance(layer, LRN):
+                setattr(self.network.features, name, _EdgedLRN(layer, self.ranks.rank))
+
+    def _split_classifier(self) -> None:
+        """Slices of the outputs of fc6 and fc7, and of the inputs of fc8, whose partial sums are added up."""
+        classifier, n = self.network.classifier, self.ranks.world_size
+        linears = [name for name, layer in classifier.named_children() if isinstance(layer, nn.Linear)]
+        if self.kind == "hybrid" and len(linears) == 1:
+            raise ModelError("--layout hybrid slices hidden fully connected layers, here are none: use data")
+        sliced = self.kind == "towers"  # whether the activations at this point are a slice of the units
+        for name, layer in list(classifier.named_children()):
+            if isinstance(layer, KeyedDropout) and sliced:
+                layer.unit_slice = self.ranks.rank
+                if self.kind == "hybrid":
+                    layer.parts, layer.stride = n, self.batch
+            if name == linears[-1]:
+                last = _SplitInputs(layer, own_rows=self.kind == "hybrid", ranks=n)
+                self._slice(f"classifier.{name}", last, ("weight",), dim=1)
+                setattr(classifier, name, last)
+            elif isinstance(layer, nn.Linear):
+                layer.register_forward_pre_hook(
+                    (lambda _, args: (_gather_units(args[0]),))
+                    if sliced
+                    else (lambda _, args: (_gather_rows(args[0], n),))
+                )
+                layer.out_features //= n
+                self._slice(f"classifier.{name}", layer, ("weight", "bias"))
+                sliced = True
+
+    def _slice(self, prefix: str, layer: nn.Module, names: Iterable[str], dim: int = 0) -> None:
+        for name in names:
+            full = getattr(layer, name)
+            if full is None:
+                continue
+            if full.shape[dim] % self.ranks.world_size:
+                raise ModelError(
+                    f"--layout {self.kind}: {prefix}'s {full.shape[dim]} units do not divide into "
+                    f"{self.ranks.world_size} ranks: use --layout data"
+                )
+            self.dims[f"{prefix}.{name}"] = dim
+            part = self.part(f"{prefix}.{name}", full.detach())
+            setattr(layer, name, nn.Parameter(part) if isinstance(full, nn.Parameter) else part)
+
+    # ---- between slices and whole tensors
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's own copy of its slice of the tensor that a plain network's state dict has as `name`."""
+        if name not in self.dims:
+            return whole
+        return whole.chunk(self.ranks.world_size, self.dims[name])[self.ranks.rank].clone()
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The whole tensor of which `part` is this rank's slice; every rank must ask together."""
+        if name not in self.dims:
+            return part
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self._n)]
+        dist.all_gather(parts, part.detach().contiguous())
+        return torch.cat(parts, self.dims[name])
+
+    @property
+    def _n(self) -> int:
+        return self.ranks.world_size
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The plain network's state dict; every rank must ask together."""
+        return {name: self.whole(name, value) for name, value in self.network.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes a plain network's state dict."""
+        self.network.load_state_dict({name: self.part(name, value) for name, value in state.items()})
+
+    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """As the plain network's optimiser has it; every rank must ask together."""
+        state = optimizer.state_dict()
+        names = [name for name, _ in self._parameters(optimizer)]
+        for index, entry in state["state"].items():
+            entry = {k: self.whole(names[index], v) if _is_array(v) else v for k, v in entry.items()}
+            state["state"][index] = entry
+        return state
+
+    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Takes the state of a plain network's optimiser."""
+        parameters = self._parameters(optimizer)
+        mine = {}
+        for index, entry in state["state"].items():
+            name, parameter = parameters[index]
+            mine[index] = {
+                # in the parameter's own memory format, which fused optimisers take for granted
+                k: torch.empty_like(parameter).copy_(self.part(name, v)) if _is_array(v) else v
+                for k, v in entry.items()
+            }
+        optimizer.load_state_dict({**state, "state": mine})
+
+    def _parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+        """Name and parameter in the order of the optimiser's indices."""
+        names = {id(p): name for name, p in self.network.named_parameters()}
+        return [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
+
+    # ---- what training needs
+
+    def distribute(self, static: bool = True, compress: bool = False) -> nn.Module:
+        """The module to call in training, which brings gradients together where ranks share weights.
+
+        `static` as in `model.parallel.ranks.distribute`; `compress` sends these gradients as bfloat16.
+        """
+        if self.kind == "towers":
+            return self.network
+        return distribute(self.network, self.ranks, static, compress, self.dims.keys())
+
+    def plain_network(self, network: nn.Module) -> nn.Module:
+        """The plain network with the weights of `network`, to evaluate; every rank must ask together.
+
+        network: the one laid out, or an average of it.
+        """
+        if self.kind == "data":
+            return network
+        plain = copy.deepcopy(self._plain).to_empty(device=self.ranks.device)
+        plain.load_state_dict({name: self.whole(name, value) for name, value in network.state_dict().items()})
+        return plain
+
+    def average_buffers(self, network: nn.Module) -> None:
+        """As `model.parallel.ranks.average_buffers`; a tower's statistics are of the whole batch already."""
+        if self.kind != "towers":
+            average_buffers(network, self.ranks)
+
+    def sum_of_slices(self, values: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+        """Of (P, ...) values, one row a parameter: the sum over ranks for parameters that are slices."""
+        if not self.dims:
+            return values
+        if self._sliced is None:  # made once: a copy to the device waits for it
+            names = {id(p): name for name, p in self.network.named_parameters()}
+            self._sliced = torch.tensor([names[id(p)] in self.dims for p in parameters], device=values.device)
+        sliced = self._sliced.view(-1, *[1] * (values.dim() - 1))
+        return torch.where(sliced, self.ranks.sum(values.clone()), values)
+
+    def grad_scaler(self, optimizer: torch.optim.Optimizer, enabled: bool) -> torch.amp.GradScaler:
+        """Float16's loss scaler; where ranks hold slices, an overflow in any skips the step of all."""
+        if self.kind == "data":
+            return torch.amp.GradScaler(self.ranks.device.type, enabled=enabled)
+        # only gradients that the scaler itself divides are looked at on all ranks
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return ShardedGradScaler(self.ranks.device.type, enabled=enabled, process_group=_world())
+
+
+class _SplitInputs(nn.Linear):
+    """The last layer, of which each rank holds the columns of its slice of inputs.
+
+    Takes (N, in_features / ranks), gives the logits of this rank's part of the rows (`own_rows`) or of all.
+    The gradient that goes back from here is that of the mean over all rows, where each rank's loss is a mean over
+    its own rows or, with all rows, the same loss `ranks` times.
+    """
+
+    def __init__(self, layer: nn.Module, own_rows: bool, ranks: int) -> None:
+        assert isinstance(layer, nn.Linear)
+        super().__init__(layer.in_features // ranks, layer.out_features, device="meta")
+        self.weight, self.bias, self.own_rows, self.ranks = layer.weight, layer.bias, own_rows, ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = _scale_gradient(F.linear(x, self.weight), 1 / self.ranks)
+        logits = funcol.wait_tensor(funcol.reduce_scatter_single(partial, "sum", 0, _world()))
+        return (logits if self.own_rows else _all_gather(logits)) + self.bias
+
+
+class _EdgedLRN(nn.Module):
+    """LRN of one tower's maps, whose windows reach over the edge into the other's: the same as over all maps."""
+
+    def __init__(self, lrn: LRN, rank: int) -> None:
+        super().__init__()
+        self.lrn, self.rank = lrn, rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        reach, own = self.lrn.size // 2, x.shape[1]
+        if self.rank == 0:
+            theirs = _gather_units(x[:, own - reach :])[:, reach:]
+            y = self.lrn(_channels_last(torch.cat([x, theirs], 1)))[:, :own]
+        else:
+            theirs = _gather_units(x[:, :reach])[:, :reach]
+            y = self.lrn(_channels_last(torch.cat([theirs, x], 1)))[:, reach:]
+        return _channels_last(y)
+
+
+def _world() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    """All ranks' x one after the other, (ranks * N, ...); the gradient is summed over ranks."""
+    return funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), 0, _world()))
+
+
+def _gather_rows(x: Tensor, ranks: int) -> Tensor:
+    """The whole batch of which each rank has a part, from here on under the mean over all rows (_SplitInputs).
+
+    Back in the rank's own part, the gradient becomes that of the mean over the part, which DDP averages.
+    """
+    return _all_gather(_scale_gradient(x, ranks))
+
+
+def _gather_units(x: Tensor) -> Tensor:
+    """All units (or maps) of which each rank has a slice: (N, C, ...) to (N, ranks * C, ...), channels-last."""
+    parts = _all_gather(x.movedim(1, -1)).split(len(x))
+    return torch.cat(parts, -1).movedim(-1, 1)
+
+
+def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied by `factor` on its way back."""
+    if x.requires_grad:
+        x = x.view_as(x)  # the hook belongs to this use of x alone
+        x.register_hook(lambda gradient: gradient * factor)
+    return x
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

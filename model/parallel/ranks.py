@@ -1,0 +1,216 @@
+"""Ranks: one process a device, started here or by torchrun, and what they share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from base.errors import ModelError
+from base.machine import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all of them."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    gpu: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if self.gpu else torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes logs and checkpoints."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; every rank must ask together."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+
+def under_torchrun() -> bool:
+    """Whether a launcher has made this process one of its ranks: by torchrun's variables."""
+    given = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return given <= os.environ.keys()
+
+
+def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: bool) -> None:
+    """Run `work(ranks, config)` on `ranks` processes of this machine, or as one rank of torchrun's.
+
+    Exits with the code of the first rank that fails. SIGINT and SIGTERM reach every rank, which decide
+    themselves when to stop.
+    """
+    if under_torchrun():
+        rank, world, local_rank, local_world = (
+            int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
+        place = Ranks(rank, world, local_rank, local_world, gpu)
+        _as_rank(place, "env://", work, config)
+    elif ranks == 1:
+        if not gpu:
+            keep_freed_memory()
+        work(Ranks(gpu=gpu), config)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        said = mp.get_context("spawn").SimpleQueue()
+        context = mp.spawn(_spawned, (ranks, gpu, address, work, config, said), nprocs=ranks, join=False)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the ranks as well
+        signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in context.processes])
+        try:
+            while not context.join():
+                pass
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as failed:
+            # ranks fail together, often for the same reason, and those that lost their peers for no other
+            messages = set()
+            while not said.empty():
+                messages.add(said.get())
+            for message in sorted(messages):
+                click.ClickException(message).show()
+            if not messages and isinstance(failed, mp.ProcessRaisedException):
+                raise
+            code = getattr(failed, "exit_code", 1)
+            sys.exit(code if code > 0 else 128 - code)
+
+
+def _spawned(
+    rank: int, world: int, gpu: bool, address: str, work: Callable[..., None], config: Any, said: Any
+) -> None:
+    try:
+        _as_rank(Ranks(rank, world, rank, world, gpu), address, work, config)
+    except click.ClickException as error:
+        said.put(error.message)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+
+
+def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: Any) -> None:
+    if ranks.gpu:
+        torch.cuda.set_device(ranks.device)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+        keep_freed_memory()
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = next(iter(dist.rendezvous(init_method, ranks.rank, ranks.world_size)))[0]
+        store = dist.PrefixStore(_agree_on_name(store, ranks), store)
+    dist.init_process_group(
+        "nccl" if ranks.gpu else "gloo",
+        init_method=None if store else init_method,
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=ranks.device if ranks.gpu else None,
+    )
+    try:
+        work(ranks, config)
+    finally:
+        dist.destroy_process_group()
+
+
+def _agree_on_name(store: dist.Store, ranks: Ranks) -> str:
+    """A name that this start's ranks share and no earlier start had.
+
+    torchrun's store outlives a restart, and the addresses in it are those of the ranks that died. Nor do the
+    nodes count restarts alike. So each rank asks with a name of its own and the first one answers to that.
+    """
+    mine = uuid.uuid4().hex
+    if not ranks.first:
+        store.set(f"asks/{ranks.rank}", mine)
+        name = store.get(f"answer/{mine}").decode()
+        store.set(f"heard/{name}/{ranks.rank}", "")
+        return name
+    for rank in range(1, ranks.world_size):
+        while not store.check([f"heard/{mine}/{rank}"]):
+            if store.check([f"asks/{rank}"]):
+                store.set(f"answer/{store.get(f'asks/{rank}').decode()}", mine)
+            time.sleep(0.01)
+    return mine
+
+
+def distribute(
+    model: nn.Module,
+    ranks: Ranks,
+    static: bool = True,
+    compress: bool = False,
+    but: Collection[str] = (),
+) -> nn.Module:
+    """Data parallel over all ranks: the same weights everywhere, gradients averaged.
+
+    `static`: every backward pass is the same and reduces, so not with gradient accumulation (see `reduces`).
+    `compress`: gradients travel as bfloat16, half the bytes and 8 bits of precision. `but`: names of parameters
+    that are every rank's own.
+    """
+    if ranks.world_size == 1:
+        return model
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(but))
+    parallel = DistributedDataParallel(
+        model,
+        device_ids=[ranks.local_rank] if ranks.gpu else None,
+        forward_sync_buffers=False,  # every rank derives its own (dropout position)
+        gradient_as_bucket_view=True,
+        static_graph=static,
+    )
+    if compress:
+        # by another name: DDP refuses the hook as such without NCCL, but gloo adds bfloat16 as well
+        parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    return parallel
+
+
+def reduces(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """For one part of a step: gradients are averaged over ranks with the last part only."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Batch normalisation's running statistics, which every rank takes over its own samples, made one."""
+    for buffer in model.buffers():
+        if ranks.world_size > 1 and buffer.is_floating_point():
+            ranks.sum(buffer).div_(ranks.world_size)
+
+
+def count_gpus(wanted: int | None) -> int:
+    """How many GPUs to use: all there are if `wanted` is None; raises ModelError if there are fewer."""
+    present = torch.cuda.device_count()
+    if wanted is None:
+        return present
+    if wanted > present:
+        raise ModelError(
+            f"--gpus {wanted} asked for, {present} found: use --gpus {present}"
+            + (" (the CPU)" if present == 0 else "")
+        )
+    return wanted

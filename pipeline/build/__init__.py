@@ -1,0 +1,1 @@
+"""Raw images -> shards, offline: sources, listing, preparing, writing, verifying."""

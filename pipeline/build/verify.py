@@ -1,0 +1,173 @@
+"""Checks a finished split: every checksum, every record, every image; finds any single flipped byte."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import lmdb
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from base.errors import DataError
+from base.files import file_sha256
+from pipeline.build.workers import Crashed, Report, WorkerPool
+from pipeline.datum_pb2 import Datum
+from pipeline.preprocess import decode
+from pipeline.shards import DATABASE, RECORD_CRCS, Manifest, record_key
+
+MAX_PROBLEMS = 20  # named per shard: a broken disk damages thousands
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard; sound when `problems` is empty."""
+
+    name: str
+    count: int  # records that were read
+    problems: list[str]
+    digests: np.ndarray  # (count,) uint64, of the image bytes: equal ones are duplicates
+
+
+@dataclass(frozen=True)
+class _ShardCheck:
+    split_dir: Path
+    manifest: Manifest
+    number: int
+
+
+def verify_split(
+    split_dir: Path, workers: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Manifest, list[ShardReport], list[str]]:
+    """(manifest, a report for each shard in order, problems of the split as a whole).
+
+    progress(records checked, records in all) is called about ten times a second.
+    DataError when the manifest itself is missing or damaged: nothing can be compared then.
+    """
+    manifest = Manifest.load(split_dir)
+    problems = []
+    try:
+        mean = manifest.load_mean(split_dir)
+        if mean.shape != (manifest.size, manifest.size, 3) or mean.dtype != np.float32:
+            problems.append(f"mean.npy: {mean.dtype} {mean.shape} instead of a float32 image")
+    except DataError as error:
+        problems.append(error.message)
+    if sum(shard["count"] for shard in manifest.shards) != manifest.count:
+        problems.append("manifest.json: the shards' counts do not add up")
+    reports: dict[int, ShardReport] = {}
+    done = 0
+    with WorkerPool(check_shard, max(1, min(workers, len(manifest.shards)))) as pool:
+
+        def tick() -> None:
+            progress(done + pool.items_begun(), manifest.count)
+
+        for number in range(len(manifest.shards)):
+            pool.submit(number, _ShardCheck(split_dir, manifest, number))
+        for number, event in pool.events(tick):
+            shard = manifest.shards[number]
+            if isinstance(event, Crashed):
+                # LMDB trusts its own pages: damaged ones can take the process down.
+                where = f"key {record_key(event.position).decode()}" if event.position >= 0 else DATABASE
+                problem = f"{where}: so damaged that reading it crashes"
+                reports[number] = ShardReport(shard["name"], 0, [problem], np.empty(0, np.uint64))
+            else:
+                reports[number] = event.result
+            done += shard["count"]
+    progress(manifest.count, manifest.count)
+    return manifest, [reports[number] for number in range(len(manifest.shards))], problems
+
+
+def count_duplicates(reports: list[ShardReport]) -> int:
+    """Images whose bytes equal those of an earlier one."""
+    digests = np.concatenate([report.digests for report in reports])
+    return len(digests) - len(np.unique(digests))
+
+
+def check_shard(check: _ShardCheck, report: Report) -> ShardReport:
+    """In a worker: everything that can be wrong with one shard."""
+    cv2.setNumThreads(1)
+    manifest, shard = check.manifest, check.manifest.shards[check.number]
+    directory = check.split_dir / shard["name"]
+    result = ShardReport(shard["name"], 0, [], np.empty(0, np.uint64))
+    problems = result.problems
+    try:
+        crcs = _read_crcs(directory / RECORD_CRCS, shard, problems)
+        if (actual := (directory / DATABASE).stat().st_size) != shard["bytes"]:
+            problems.append(f"{DATABASE}: {actual:,} bytes instead of {shard['bytes']:,}")
+            return result  # reading beyond the end of a short file would kill the process
+        whole = file_sha256(directory / DATABASE) == shard["sha256"]
+    except OSError as error:
+        problems.append(f"{error.filename}: {error.strerror}")
+        return result
+    digests = []
+    try:
+        with (
+            lmdb.open(str(directory), readonly=True, lock=False, create=False) as env,
+            env.begin(buffers=True) as transaction,
+        ):
+            if (entries := env.stat()["entries"]) != shard["count"]:
+                problems.append(f"{DATABASE}: {entries} records instead of {shard['count']}")
+            for index in range(shard["count"]):
+                report(index)
+                value = transaction.get(record_key(index))
+                if value is None:
+                    problem: str | None = "missing"
+                else:
+                    record = bytes(value)
+                    result.count += 1
+                    problem = _check_record(record, manifest, crcs[index] if crcs is not None else None)
+                    digests.append(hashlib.blake2b(_payload(record), digest_size=8).digest())
+                if problem:
+                    problems.append(f"key {record_key(index).decode()}: {problem}")
+                if len(problems) >= MAX_PROBLEMS:
+                    problems.append("and perhaps more: gave up on this shard")
+                    break
+    except lmdb.Error as error:
+        problems.append(f"{DATABASE}: {error}")
+    if not whole and not problems:
+        problems.append(f"{DATABASE}: its checksum differs, but no record: the damage is between them")
+    result.digests = np.frombuffer(b"".join(digests), np.uint64)
+    return result
+
+
+def _read_crcs(path: Path, shard: dict[str, object], problems: list[str]) -> np.ndarray | None:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != shard["crc32_sha256"]:
+        problems.append(f"{RECORD_CRCS}: its checksum differs")
+        return None
+    crcs: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    return crcs
+
+
+def _payload(record: bytes) -> bytes:
+    try:
+        return Datum.FromString(record).data
+    except DecodeError:
+        return record
+
+
+def _check_record(record: bytes, manifest: Manifest, crc: int | None) -> str | None:
+    """What is wrong with one record, None when nothing is."""
+    try:
+        datum = Datum.FromString(record)
+    except DecodeError:
+        return "not a Datum"
+    size = manifest.size
+    if (datum.channels, datum.height, datum.width) != (3, size, size):
+        return f"{datum.height}x{datum.width}x{datum.channels} instead of {size}x{size}x3"
+    if not 0 <= datum.label < len(manifest.classes):
+        return f"label {datum.label}, but there are {len(manifest.classes)} classes"
+    if not datum.HasField("encoded") or datum.encoded != (manifest.encoding != "raw"):
+        return "`encoded` is not as the manifest says"
+    if not datum.encoded and len(datum.data) != 3 * size * size:
+        return f"{len(datum.data)} bytes of pixels instead of {3 * size * size}"
+    if datum.encoded and decode(np.frombuffer(datum.data, np.uint8), size) is None:
+        return f"does not decode to {size}x{size} pixels"
+    if crc is not None and zlib.crc32(record) != crc:
+        return "its checksum differs"
+    return None

@@ -1,0 +1,1 @@
+"""Shards -> augmented batches on the device: plan, reader processes, DALI graph, loader."""

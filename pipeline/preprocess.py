@@ -1,0 +1,94 @@
+"""What turns a stored record into the network's input, without DALI: decoding, centre crop, mean, colour basis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from base.errors import DataError
+from pipeline.shards import Manifest, ShardReader
+
+MEANS = ("pixel", "channel", "none")
+_DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """All that turns a stored record into the network's input; kept in every checkpoint.
+
+    `mean`: (size, size, 3) float32 RGB, levels of 0..255, what is subtracted at every position of the stored
+    image; constant over positions for the channel mean, zero for none. `color_basis`: (3, 3) float32,
+    columns 255 * p_i * lambda_i of the training set (paper 4.1; eigenvalues for pixels scaled to 0..1).
+    """
+
+    size: int
+    crop: int
+    mean_mode: str
+    mean: np.ndarray
+    color_basis: np.ndarray
+
+    @classmethod
+    def load(cls, train_dir: Path, crop: int = 224, mean_mode: str = "pixel") -> Preprocess:
+        """From the statistics of a training split; raises DataError if they are missing or damaged."""
+        manifest = Manifest.load(train_dir)
+        if mean_mode == "pixel":
+            mean = manifest.load_mean(train_dir)
+        elif mean_mode in MEANS:
+            level = manifest.channel_mean if mean_mode == "channel" else (0, 0, 0)
+            mean = np.tile(np.array(level, np.float32), (manifest.size, manifest.size, 1))
+        else:
+            raise DataError(f"mean is {mean_mode!r}: use one of {', '.join(MEANS)}")
+        basis = 255 * np.array(manifest.pca_eigenvectors) * np.array(manifest.pca_eigenvalues)
+        return cls(manifest.size, crop, mean_mode, mean, basis.astype(np.float32))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and tensors, fit for torch.load(weights_only=True)."""
+        state: dict[str, Any] = {"size": self.size, "crop": self.crop, "mean_mode": self.mean_mode}
+        return state | {"mean": torch.tensor(self.mean), "color_basis": torch.tensor(self.color_basis)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Preprocess:
+        arrays = {k: state[k].numpy() for k in ("mean", "color_basis")}
+        return cls(**{**state, **arrays})
+
+
+def decode(data: np.ndarray, size: int) -> np.ndarray | None:
+    """A record's JPEG or PNG bytes (1-d uint8) -> (size, size, 3) uint8 RGB; None when they are not that."""
+    try:
+        image = cv2.imdecode(data, _DECODE)
+    except cv2.error:
+        return None
+    if image is None or image.shape != (size, size, 3):
+        return None
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+
+
+def network_input(rgb: np.ndarray, preprocess: Preprocess) -> Tensor:
+    """Prepared images as the network sees them in validation: centre crop, minus the mean.
+
+    rgb: (N, size, size, 3) uint8 -> (N, 3, crop, crop) float32 channels-last, bit for bit what the loader
+    gives for the same pixels.
+    """
+    start = (preprocess.size - preprocess.crop) // 2
+    window = slice(start, start + preprocess.crop)
+    levels = rgb[:, window, window].astype(np.float32) - preprocess.mean[window, window]
+    return torch.from_numpy(levels).movedim(-1, 1)
+
+
+def stored_image(reader: ShardReader, index: int) -> np.ndarray:
+    """A record's pixels, (size, size, 3) uint8 RGB; raises DataError if it does not decode."""
+    data, _ = reader.read(index)
+    image = data if data.ndim == 3 else decode(data, reader.manifest.size)
+    if image is None:
+        shard, key = reader.locate(index)
+        raise DataError(
+            f"shard {shard}, key {key.decode()} does not decode: check with "
+            f"`python tools/verify_lmdb.py {reader.split_dir}`"
+        )
+    return image

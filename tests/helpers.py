@@ -1,0 +1,108 @@
+"""What several tests share: folders as dictionaries, waiting, and checkpoints made without a training."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.alexnet import AlexNet
+from model.training import checkpoint, recipe
+from model.training.checkpoint import Checkpoints
+from pipeline.build.split import Options
+from pipeline.preprocess import Preprocess
+from pipeline.shards import Manifest
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = Options(size=64, images_per_shard=8)  # of the builds in tests
+CRASH = b"this file takes the whole process down"
+CROP = 96  # small and quick; all three pools still fit
+
+
+def make_run(
+    out: Path,
+    data: Path,
+    variant: str = "paper",
+    *,
+    crop: int = CROP,
+    mean: str = "pixel",
+    seed: int = 0,
+    **options: Any,
+) -> Path:
+    """A run folder with best.pt of a network that was never trained, but tells images apart."""
+    manifest = Manifest.load(data / "train")
+    preprocess = Preprocess.load(data / "train", crop, mean)
+    network = AlexNet(len(manifest.classes), variant, image_size=crop, **options)
+    recipe.initialise(network, recipe.DEFAULT_INIT[variant], seed)
+    # fresh outputs are all but equal, and whose turn it is a matter of rounding: spread them
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        last = network.classifier[-1].weight
+        last.copy_(torch.randn(last.shape, generator=generator))
+        noise = 80 * torch.randn(8, 3, crop, crop, generator=generator)
+        last.mul_(2 / network.eval()(noise).std())
+    state: dict[str, Any] = {
+        "model": network.state_dict(),
+        "optimizer": {},
+        "schedule": {},
+        "scaler": {},
+        "epoch": 2,
+        "step": 12,
+        "best": 0.5,
+        "seed": seed,
+        "variant": variant,
+        "network": network.options,
+        "identity": {},
+        "classes": manifest.classes,
+        "preprocess": preprocess.state_dict(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(out / "best.pt", state)
+    return out
+
+
+def write_log(run: Path, epochs: int = 3, steps: int = 6) -> None:
+    """log.jsonl and config.json as train.py's Log writes them."""
+    lines = []
+    for step in range(1, epochs * steps + 1):
+        epoch = (step - 1) // steps
+        entry = {"kind": "train", "epoch": epoch, "step": step, "loss": 3 / step, "lr": 0.01 * 0.5**epoch}
+        lines.append(entry | {"images_per_s": 100.0 + step, "data_wait": 0.01})
+        if step % steps == 0:
+            val = {"kind": "val", "epoch": epoch, "step": step, "loss": 2 / step, "top1": 0.2 + 0.1 * epoch}
+            lines.append(val | {"top5": 0.6 + 0.1 * epoch, "count": 24})
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"global_batch": 16, "seed": 0, "augment": "all", "color_std": 0.1, "data": "x"}
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Relative path -> content of every file in `folder`."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Fail the test unless `condition` holds within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def newest(out: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run."""
+    return Checkpoints(Path(out)).newest()
+
+
+def same_weights(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two checkpoints hold the same weights, bit for bit."""
+    assert a["model"].keys() == b["model"].keys()
+    return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])

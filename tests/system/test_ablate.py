@@ -1,0 +1,298 @@
+"""tools/ablate.py: two tiny claims end to end, a second call that runs nothing, figure 1, and the numbers."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from base.errors import ModelError
+from pipeline.build.sources import open_source
+from pipeline.build.split import Options, build_split
+from tools import ablate
+
+ROOT = Path(__file__).parents[2]
+# a crop of 63 pixels is the smallest that passes three pools
+TINY = ["--crop", "63", "--global-batch", "32", "--init", "torch", "--lr", "0.001"]
+
+
+def command(data, out, *arguments):
+    common = ["--out", out, "--claims", "lrn,pool", "--seeds", 2, "--epochs", 1, "--jobs", 2, "--gpus", 0]
+    script = [sys.executable, str(ROOT / "tools/ablate.py"), data, *common, *arguments, "--", *TINY]
+    return [str(part) for part in script]
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """Stopped by a signal once a run is finished, then gone on with."""
+    out = tmp_path_factory.mktemp("ablate") / "out"
+    process = subprocess.Popen(command(dataset, out), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(out.rglob("result.json")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command goes on" in errors, errors
+    early = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert 0 < len(early) < 6
+    done = subprocess.run(command(dataset, out), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime_ns == when for path, when in early.items())
+    return out, done.stdout
+
+
+def test_two_claims_make_a_table(finished):
+    out, printed = finished
+    assert {path.parent.relative_to(out).as_posix() for path in out.rglob("result.json")} == {
+        f"{name}/seed-{seed}" for name in ("baseline", "no-lrn", "pool-2-2") for seed in (0, 1)
+    }
+    configs = {
+        p.parent.relative_to(out).as_posix(): json.loads(p.read_text()) for p in out.rglob("config.json")
+    }
+    base = configs["baseline/seed-1"]
+    for name, switch, value in (("no-lrn", "lrn", False), ("pool-2-2", "pool", "2,2")):
+        other = configs[f"{name}/seed-1"]
+        assert {k for k in base if base[k] != other[k]} == {"out", switch} and other[switch] == value
+    table = (out / "table.md").read_text()
+    assert table in printed and "| no-lrn | `--no-lrn` |" in table and "+1.4 / +1.2" in table
+    rows = {row["run"]: row for row in json.loads((out / "results.json").read_text())["claims"]}
+    errors = {
+        (name, seed): 100 * (1 - last_validation(out / name / f"seed-{seed}")["top1"])
+        for name in rows
+        for seed in (0, 1)
+    }
+    for name, row in rows.items():
+        assert row["top1"]["values"] == pytest.approx([errors[name, 0], errors[name, 1]])
+        assert row["top1"]["std"] == pytest.approx(statistics.stdev([errors[name, 0], errors[name, 1]]))
+    pairs = [errors["no-lrn", seed] - errors["baseline", seed] for seed in (0, 1)]
+    assert rows["no-lrn"]["top1_difference"]["mean"] == pytest.approx(sum(pairs) / 2)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def last_validation(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "val"][-1]
+
+
+def test_a_second_call_runs_nothing(finished, dataset):
+    out, printed = finished
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")} | {
+        p: p.stat().st_mtime_ns for p in out.rglob("log.jsonl")
+    }
+    done = subprocess.run(command(dataset, out), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == printed
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    again = [*command(dataset, out), "--dropout", "0.3"]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "was run with other options" in done.stderr
+
+
+def test_figure_1_stops_each_run_at_the_target(class_folders, tmp_path, monkeypatch):
+    """On four classes that any network tells apart, in shards of 32x32."""
+    for split in ("train", "val"):
+        source = open_source(class_folders / split, split)
+        build_split(source, tmp_path / "data", Options(size=32, encoding="raw"), workers=1)
+    out = tmp_path / "out"
+    arguments = ["--figure1", tmp_path / "data", "--out", out, "--gpus", 0, "--jobs", 2, "--seeds", 1]
+    arguments += ["--lrs", "0.02", "--max-epochs", 200, "--tune-epochs", 1, "--", "--global-batch", "32"]
+    script = [sys.executable, ROOT / "tools/ablate.py", *arguments]
+    done = subprocess.run(list(map(str, script)), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    figure = json.loads((out / "results.json").read_text())["figure1"]
+    assert [row["activation"] for row in figure["rows"]] == ["relu", "tanh"]
+    for row in figure["rows"]:
+        (curve,) = row["curves"]
+        assert all(error > 0.25 for error in curve[: int(row["epochs"]["mean"])])
+        assert any(error <= 0.25 for error in curve) and len(curve) < 200
+    config = json.loads((out / "figure1/tanh-lr-0.02-run/seed-0/config.json").read_text())
+    off = {"augment": "none", "color_std": 0, "dropout": 0, "weight_decay": 0, "variant": "cifar"}
+    assert off.items() <= config.items() and config["activation"] == "tanh"
+    assert (out / "figure1.png").exists()
+
+
+def test_the_running_error_of_an_epoch_counts_every_step_once(tmp_path):
+    lines = [("train", 4, 0.5), ("train", 6, 0.2), ("val", 6, None), ("train", 8, 0.1), ("train", 12, 0.3)]
+    lines += [("val", 12, None), ("train", 14, 0.9)]
+    text = [json.dumps({"kind": k, "step": s} | ({} if e is None else {"error": e})) for k, s, e in lines]
+    (tmp_path / "log.jsonl").write_text("\n".join(text) + '\n{"kind": "tr')
+    assert ablate.epoch_errors(tmp_path) == pytest.approx([(4 * 0.5 + 2 * 0.2) / 6, (2 * 0.1 + 4 * 0.3) / 6])
+    # half of the way from the second epoch to the third
+    assert ablate.reaches([0.45, 0.35, 0.15], 0.25) == pytest.approx(2.5)
+    assert ablate.reaches([0.45, 0.35], 0.25) is None and ablate.reaches([0.2], 0.25) == 1
+
+
+def test_what_is_wrong_is_said_in_one_line(dataset, tmp_path):
+    def said(*arguments, code):
+        done = CliRunner().invoke(ablate.main, list(map(str, arguments)))
+        assert done.exit_code == code, (done.output, done.exception)
+        return done.output
+
+    assert "no claim lrm" in said(dataset, "--claims", "lrm", "--out", tmp_path / "a", code=2)
+    assert "give DATA" in said("--out", tmp_path / "a", code=2)
+    assert "no run of these claims no-lnr" in said(
+        dataset, "--only", "no-lnr", "--out", tmp_path / "a", code=2
+    )
+    assert "no activation rulu" in said(
+        "--figure1", dataset, "--activations", "relu,rulu", "--out", tmp_path / "a", code=2
+    )
+    assert "build_lmdb.py" in said(tmp_path / "none", "--out", tmp_path / "a", code=1)
+    with (
+        ablate.locked(tmp_path / "a"),
+        pytest.raises(ModelError, match="is at work"),
+        ablate.locked(tmp_path / "a"),
+    ):
+        pass
+    # a run that cannot train is named, and the table is made of the others
+    output = said(
+        dataset, "--out", tmp_path / "f", "--claims", "pool,ensemble", "--seeds", 1, "--epochs", 1, "--gpus", 0,
+        "--", "--global-batch", 4096, code=1,
+    )  # fmt: skip
+    assert (
+        "failed: baseline, seed 0: " in output
+        and "fewer than one global batch" in output
+        and "2 runs failed" in output
+    )
+    assert "| pool-2-2 |" in output and "| pool-2-2 |" in (tmp_path / "f/table.md").read_text()
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """Runs and evaluations that take no time; the list of all that were started."""
+    started = []
+
+    def call(_workers, script, arguments, _slot, run=None):
+        started.append([script, *arguments])
+        if run:
+            run.out.mkdir(parents=True, exist_ok=True)
+            last = {"kind": "val", "step": 3, "top1": 0.5, "top5": 1.0, "loss": 1.0}
+            (run.out / "log.jsonl").write_text(json.dumps(last) + "\n")
+            (run.out / "checkpoint-000000003.pt").touch()
+        else:
+            rows = [{"network": n, "top1": 0.5, "top5": 1.0} for n in arguments[: arguments.index("--data")]]
+            rows += [{**rows[0], "network": f"average of {len(rows)}"}] * (len(rows) > 1)
+            path = Path(arguments[arguments.index("--json") + 1])
+            path.write_text(json.dumps({"count": 24, "top1": 0.5, "top5": 1.0, "networks": rows}))
+        return 0, ""
+
+    monkeypatch.setattr(ablate.Workers, "call", call)
+    return started
+
+
+def ablated(data, out, claims, *arguments, code=0):
+    """What tools/ablate.py says, one epoch on the CPU, called in this process."""
+    command = [data, "--out", out, "--claims", claims, "--epochs", 1, "--gpus", 0, *arguments]
+    done = CliRunner().invoke(ablate.main, list(map(str, command)))
+    assert done.exit_code == code, (done.output, done.exception)
+    return done.output
+
+
+def test_an_unfinished_run_goes_on_only_with_its_own_options(dataset, tmp_path, instant):
+    one = ["--seeds", 1, "--only", "baseline"]
+    ablated(dataset, tmp_path, "lrn", *one, "--", "--dropout", "0.3")
+    assert "--resume" not in instant.pop()
+    for result in (True, False):
+        if not result:
+            (tmp_path / "baseline/seed-0/result.json").unlink()
+        for other in (["--dropout", "0.4"], [], ["--dropout", "0.3", "--pool", "2,2"]):
+            said = ablated(dataset, tmp_path, "lrn", *one, "--", *other, code=1)
+            assert "was run with other options" in said and "--dropout 0.3" in said
+        assert not instant
+    # the same, said and computed otherwise
+    same = ["--dropout=0.30", "--workers", "3", "--log-every", "7", "--pool", "3,2"]
+    ablated(dataset / "train/..", tmp_path, "lrn", *one, "--threads", 1, "--", *same)
+    (again,) = instant
+    assert again[-1] == "--resume"
+    # nothing holds on to the options of a run that never got as far as a checkpoint
+    (tmp_path / "baseline/seed-0/checkpoint-000000003.pt").unlink()
+    (tmp_path / "baseline/seed-0/result.json").unlink()
+    ablated(dataset, tmp_path, "lrn", *one)
+    assert "--resume" not in instant[-1]
+
+
+def test_a_finished_baseline_gets_the_training_error_that_another_claim_needs(dataset, tmp_path, instant):
+    ablated(dataset, tmp_path, "lrn", "--seeds", 1)
+    instant.clear()
+    ablated(dataset, tmp_path, "lrn,dropout", "--seeds", 1)
+    (baseline,) = [c for c in instant if c[0] == "train.py" and str(tmp_path / "baseline/seed-0") in c]
+    assert baseline[-1] == "--resume"
+    assert [c[0] for c in instant].count("tools/evaluate.py") == 2
+    rows = {row["run"]: row for row in json.loads((tmp_path / "results.json").read_text())["claims"]}
+    assert rows["baseline"]["train"]["values"] == [50] and rows["no-lrn"]["train"] is None
+    assert rows["dropout-0"]["train_difference"]["values"] == [0]
+    instant.clear()
+    ablated(dataset, tmp_path, "lrn,dropout", "--seeds", 1)
+    ablated(dataset, tmp_path, "lrn", "--seeds", 1)
+    assert not instant
+
+
+def test_an_evaluation_is_of_the_networks_there_are(dataset, tmp_path, instant):
+    def judged(seeds):
+        instant.clear()
+        ablated(dataset, tmp_path, "ensemble", "--seeds", seeds)
+        return [c[1 : c.index("--data")] for c in instant if c[0] == "tools/evaluate.py"]
+
+    paths = [str(tmp_path / f"baseline/seed-{seed}/checkpoint-000000003.pt") for seed in range(3)]
+    assert judged(3) == [paths] and judged(3) == []
+    assert judged(2) == [paths[:2]] and judged(2) == []
+    assert judged(1) == [paths[:1]] and judged(1) == []
+    os.utime(paths[0], ns=(0, 0))
+    assert judged(1) == [paths[:1]]
+    (tmp_path / "evaluated-1.json").write_text('{"count"')
+    assert judged(1) == [paths[:1]]
+
+
+@pytest.mark.parametrize(("stop", "code", "said"), [(False, 1, "out of memory"), (True, 75, "goes on")])
+def test_the_table_is_kept_when_the_evaluation_ends_early(
+    dataset, tmp_path, instant, monkeypatch, stop, code, said
+):
+    train, before = ablate.Workers.call, signal.getsignal(signal.SIGTERM)
+
+    def call(workers, script, arguments, slot, run=None):
+        assert signal.getsignal(signal.SIGTERM) is not before
+        if script == "train.py":
+            return train(workers, script, arguments, slot, run)
+        if stop:
+            signal.raise_signal(signal.SIGTERM)
+        return 1, "out of memory"
+
+    monkeypatch.setattr(ablate.Workers, "call", call)
+    output = ablated(dataset, tmp_path, "lrn,ensemble", "--seeds", 1, code=code)
+    assert said in output and "| no-lrn |" in (tmp_path / "table.md").read_text()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_shards_of_another_cifar_are_not_taken(class_folders, tmp_path, monkeypatch):
+    built = []
+
+    def build(command, **_):
+        built.append(command)
+        (tmp_path / "cifar/val").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cifar/val/manifest.json").touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ablate.subprocess, "run", build)
+    archive = tmp_path / "cifar.tar.gz"
+    archive.touch()
+    assert ablate.cifar_shards(archive, tmp_path) == tmp_path / "cifar"
+    assert ablate.cifar_shards(tmp_path / "cifar/../cifar.tar.gz", tmp_path) == tmp_path / "cifar"
+    with pytest.raises(ModelError, match="was not built of"):
+        ablate.cifar_shards(class_folders, tmp_path)
+    archive.write_text("another")
+    with pytest.raises(ModelError, match="was not built of"):
+        ablate.cifar_shards(archive, tmp_path)
+    with pytest.raises(ModelError, match="cannot read"):
+        ablate.cifar_shards(tmp_path / "none", tmp_path)
+    assert len(built) == 1
+
+
+def test_every_job_has_its_own_gpu(monkeypatch):
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "4,7")
+    assert [ablate.visible_gpu(i) for i in range(2)] == ["4", "7"]
+    monkeypatch.delitem(os.environ, "CUDA_VISIBLE_DEVICES")
+    assert [ablate.visible_gpu(i) for i in range(2)] == ["0", "1"]

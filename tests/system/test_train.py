@@ -1,0 +1,399 @@
+"""train.py as a user runs it: learns, resumes bit for bit, and says in one line what is wrong."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT, newest, same_weights
+
+from model.training.checkpoint import Checkpoints, load
+from train import Log
+
+# one small, quick network: images of 67 pixels' crop pass all three pools
+SMALL = ["--gpus", "0", "--crop", "96", "--global-batch", "16", "--workers", "0", "--log-every", "2"]
+SMALL += ["--no-progress", "--no-tensorboard", "--decode-threads", "1"]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def run(*arguments, code=0):
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def epoch_losses(out):
+    """metrics.csv's loss of each epoch, and the mean over its steps by log.jsonl."""
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    sums, before = {}, 0
+    for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
+        if entry["kind"] == "train":
+            total, steps = sums.get(entry["epoch"], (0.0, 0))
+            sums[entry["epoch"]] = total + entry["loss"] * (new := entry["step"] - before), steps + new
+            before = entry["step"]
+    return [float(row["loss"]) for row in rows], [total / steps for total, steps in sums.values()]
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """An uninterrupted run of two epochs."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    said = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
+    first, second, *_ = said.splitlines()
+    assert re.fullmatch(r"training on 1 x \d+ CPU threads, in (float32|bfloat16)", first)
+    assert f"epoch 1: train loss {epoch_losses(out)[0][0]:.3f}, val loss" in second
+    return out
+
+
+def test_a_run_leaves_checkpoints_log_metrics_and_config(whole, dataset):
+    steps = json.loads((dataset / "train" / "manifest.json").read_text())["count"] // 16
+    val_count = json.loads((dataset / "val" / "manifest.json").read_text())["count"]
+    log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in log if e["kind"] == "val"] == [steps, 2 * steps]
+    assert all(e["count"] == val_count for e in log if e["kind"] == "val")
+    rows = list(csv.DictReader((whole / "metrics.csv").open()))
+    assert [int(r["step"]) for r in rows] == [steps, 2 * steps]
+    assert all(0 <= float(r["data_wait"]) <= 1 and float(r["images_per_s"]) > 0 for r in rows)
+    found, wanted = epoch_losses(whole)
+    assert found == pytest.approx(wanted, rel=1e-9) and len(found) == 2
+    state = newest(whole)
+    assert (state["epoch"], state["step"], state["seed"], state["variant"]) == (2, 2 * steps, 0, "paper")
+    assert json.loads((whole / "config.json").read_text())["global_batch"] == 16
+
+
+def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path):
+    out = tmp_path / "stopped"
+    arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for_log(out)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in said
+    stopped = newest(out)
+    assert 0 < stopped["step"] < newest(whole)["step"]
+    run(*arguments, "--resume")
+    assert newest(out)["step"] == newest(whole)["step"]
+    assert same_weights(newest(out), newest(whole))
+    strip = re.compile(r'"(images_per_s|data_wait)": [^,}]+')
+    vals = [
+        [strip.sub("", x) for x in (o / "log.jsonl").read_text().splitlines() if "val" in x]
+        for o in (out, whole)
+    ]
+    assert vals[0] == vals[1]
+    # the stop cut a line of the log in two, and the epoch's mean stays
+    found, wanted = epoch_losses(out)
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert found == pytest.approx(epoch_losses(whole)[0], rel=1e-6)
+
+
+def test_an_epochs_loss_from_a_damaged_log(tmp_path):
+    """What is left of the epoch counts; what was put together wrongly does not."""
+
+    def line(kind, epoch, step, loss):
+        more = {"top1": 0.5, "top5": 0.9} if kind == "val" else {}
+        return json.dumps({"kind": kind, "epoch": epoch, "step": step, "loss": loss, **more}) + "\n"
+
+    lines = [line("train", 0, 10, 5.0), line("train", 0, 20, 4.0)]
+    config = {"out": tmp_path, "progress": False, "tensorboard": False, "wandb": False}
+    for broken, at, wanted in (
+        ('{"kind": "tr\n', 30, [(5 + 4 + 1) / 3]),
+        (line("train", 0, 10, 9.0), 20, [(5 + 4 + 1) / 3]),
+    ):
+        (tmp_path / "log.jsonl").write_text("".join(lines) + broken)
+        log = Log(config, SimpleNamespace(first=True), at)
+        log.write("train", epoch=0, step=at + 10, loss=1.0, images_per_s=1.0)
+        log.write("val", epoch=0, step=at + 10, loss=2.0, top1=0.5, top5=0.9)
+        log.write("val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9)  # its training lines are lost
+        log.close()
+        rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+        assert [float(row["loss"]) for row in rows if row["loss"]] == pytest.approx(wanted)
+        assert [row["epoch"] for row in rows] == ["0", "1"] and rows[1]["val_loss"] == "2.0"
+
+
+def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):
+    out = tmp_path / "ranks"
+    arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
+    process = subprocess.Popen(
+        command(*arguments, "--cpu-ranks", 2),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        (out / "log.jsonl").exists() and (out / "log.jsonl").read_text()
+    ):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in said, errors
+    assert "Traceback" not in errors
+    assert 0 < newest(out)["step"] < newest(whole)["step"]
+    run(*arguments, "--resume")
+    assert newest(out)["step"] == newest(whole)["step"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(dataset, tmp_path_factory):
+    """An uninterrupted run of two epochs on two ranks, in float32."""
+    out = tmp_path_factory.mktemp("runs") / "two"
+    run("--data", dataset, "--out", out, "--epochs", 2, "--cpu-ranks", 2, "--amp", "off", *SMALL)
+    return out
+
+
+def test_two_ranks_follow_the_same_curve_as_one(two_ranks, dataset, tmp_path):
+    run("--data", dataset, "--out", tmp_path / "one", "--epochs", 2, "--amp", "off", *SMALL)
+    one, two = newest(tmp_path / "one"), newest(two_ranks)
+    for key in one["model"]:
+        torch.testing.assert_close(one["model"][key], two["model"][key], atol=5e-5, rtol=1e-3)
+
+
+def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks, dataset, tmp_path):
+    """An epoch in the hybrid layout, one in towers: as two epochs of data parallelism."""
+    arguments = ["--data", dataset, "--out", tmp_path / "l", "--cpu-ranks", 2, "--amp", "off", *SMALL]
+    run(*arguments, "--epochs", 1, "--layout", "hybrid")
+    run(*arguments, "--epochs", 2, "--layout", "towers", "--resume")
+    mine, theirs = newest(tmp_path / "l"), newest(two_ranks)
+    for key in theirs["model"]:
+        torch.testing.assert_close(mine["model"][key], theirs["model"][key], atol=5e-5, rtol=1e-3)
+    logs = [
+        [json.loads(x) for x in (o / "log.jsonl").read_text().splitlines()]
+        for o in (tmp_path / "l", two_ranks)
+    ]
+    for key in ("step", "loss", "top1", "count"):
+        values = [[entry.get(key, 0) for entry in log] for log in logs]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(two_ranks, dataset, tmp_path):
+    """One rank is killed; the launcher starts all ranks anew with the same command line."""
+    out = tmp_path / "elastic"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
+    options = ["--data", dataset, "--out", out, "--epochs", 2, "--amp", "off", "--save-every", 2, *SMALL]
+    process = subprocess.Popen(
+        [*launcher, *command(*options, "--auto-resume")[1:]],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(Checkpoints(out).paths()) < 2:
+        time.sleep(0.01)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert json.loads((out / "config.json").read_text())["resume"] is True  # of the second start
+    assert same_weights(newest(out), newest(two_ranks))
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == newest(out)["step"] == 12
+
+
+def test_accumulating_gives_the_same_step(dataset, tmp_path):
+    run("--data", dataset, "--out", tmp_path / "a", "--epochs", 1, "--amp", "off", *SMALL)
+    run("--data", dataset, "--out", tmp_path / "b", "--epochs", 1, "--amp", "off", "--accumulate", 4, *SMALL)
+    two_ranks = ["--cpu-ranks", 2, "--accumulate", 2]
+    run("--data", dataset, "--out", tmp_path / "c", "--epochs", 1, "--amp", "off", *two_ranks, *SMALL)
+    one = newest(tmp_path / "a")
+    for other in (newest(tmp_path / "b"), newest(tmp_path / "c")):
+        for key in one["model"]:
+            torch.testing.assert_close(one["model"][key], other["model"][key], atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["owt", "bn"])
+def test_the_other_variants_train(dataset, tmp_path, variant):
+    run("--data", dataset, "--out", tmp_path / variant, "--epochs", 1, "--variant", variant, *SMALL)
+    assert newest(tmp_path / variant)["variant"] == variant
+
+
+def test_a_config_repeats_its_run(whole, dataset, tmp_path):
+    run("--config", whole / "config.json", "--out", tmp_path / "again", "--epochs", 1)
+    config = [json.loads((o / "config.json").read_text()) for o in (whole, tmp_path / "again")]
+    assert {k for k in config[0] if config[0][k] != config[1][k]} == {"out", "epochs"}
+    first = [
+        json.loads((o / "log.jsonl").read_text().splitlines()[0])["loss"] for o in (whole, tmp_path / "again")
+    ]
+    assert first[0] == first[1]
+    (tmp_path / "bad.json").write_text('{"learning_rate": 1}')
+    assert "learning_rate" in one_line_error(run("--config", tmp_path / "bad.json", code=2))
+    (tmp_path / "bad.json").write_text("lr: 1")
+    assert "no config.json" in one_line_error(run("--config", tmp_path / "bad.json", code=2))
+
+
+def test_weights_and_biases_get_every_curve(dataset, tmp_path):
+    """Against a stand-in for the package, which is an extra and wants an account."""
+    (tmp_path / "wandb.py").write_text(
+        "import json\n"
+        "def init(**options):\n    note(['init', options['name'], options['config']['lr']])\n"
+        "    import wandb\n    return wandb\n"
+        "def log(curves, step):\n    note(['log', sorted(curves), step])\n"
+        "def finish():\n    note(['finish'])\n"
+        f"def note(what):\n    open({str(tmp_path / 'calls')!r}, 'a').write(json.dumps(what) + '\\n')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    arguments = command("--data", dataset, "--out", tmp_path / "w", "--epochs", 1, "--wandb", *SMALL)
+    subprocess.run(arguments, env=environment, check=True, cwd=ROOT, timeout=200)
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert calls[0] == ["init", "w", 0.01] and calls[-1] == ["finish"]
+    assert ["log", ["val/loss", "val/top1", "val/top5"], 6] in calls
+    assert ["log", ["train/data_wait", "train/images_per_s", "train/loss", "train/lr"], 2] in calls
+
+
+def wait_for_log(out):
+    """Until the first line of the log is written."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        (out / "log.jsonl").exists() and (out / "log.jsonl").read_text()
+    ):
+        time.sleep(0.02)
+
+
+def one_line_error(done):
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
+    data = ["--data", dataset]
+    error = one_line_error(run("--data", tmp_path / "none", *SMALL, code=1))
+    assert "no data set" in error and "build_lmdb.py" in error
+    error = one_line_error(run(*data, "--out", whole, *SMALL, code=1))
+    assert "--resume" in error and str(whole) in error
+    error = one_line_error(run(*data, "--out", whole, "--resume", "--variant", "bn", *SMALL, code=1))
+    assert "variant paper, not bn" in error
+    error = one_line_error(run(*data, "--out", whole, "--resume", "--weight-decay", "0.1", *SMALL, code=1))
+    assert "weight_decay 0.0005, not 0.1" in error
+    error = one_line_error(run(*data, "--out", whole, "--auto-resume", "--recipe", "owt", *SMALL, code=1))
+    assert "the run in" in error and "leave that option out" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "c", "--fall-back", *SMALL, code=2))
+    assert "--resume" in error
+    (tmp_path / "file").touch()
+    error = one_line_error(run(*data, "--out", tmp_path / "file", *SMALL, code=1))
+    assert "cannot write" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "new", "--resume", *SMALL, code=1))
+    assert "no checkpoint" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "b", *SMALL, "--global-batch", 4096, code=1))
+    assert "fewer than one global batch" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, "--cpu-ranks", 3, code=2))
+    assert "does not divide" in error
+    towers = ["--cpu-ranks", 2, "--layout", "towers"]
+    error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, *towers, "--compile", code=2))
+    assert "--layout data" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "c", *SMALL, "--compress", code=2))
+    assert "several ranks" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "d", *SMALL, "--gpus", 99, code=1))
+    assert "99" in error
+    error = one_line_error(run(*data, "--out", tmp_path / "e", *SMALL, "--crop", 20, code=1))
+    assert "20" in error
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(whole, dataset, tmp_path):
+    damaged = tmp_path / "run"
+    damaged.mkdir()
+    newest_path = Checkpoints(whole).paths()[0]
+    content = bytearray(newest_path.read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / newest_path.name).write_bytes(content)
+    error = one_line_error(run("--data", dataset, "--out", damaged, "--resume", *SMALL, code=1))
+    assert newest_path.name in error and "damaged" in error
+
+
+def test_falling_back_on_the_checkpoint_before_changes_nothing(whole, dataset, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    paths = Checkpoints(whole).paths()
+    for path in [*paths, whole / "config.json", whole / "log.jsonl"]:
+        os.link(path, out / path.name)
+    content = bytearray(paths[0].read_bytes())
+    content[len(content) // 3] ^= 1
+    (out / paths[0].name).unlink()
+    (out / paths[0].name).write_bytes(content)
+    assert "--fall-back" in one_line_error(run("--data", dataset, "--out", out, "--resume", code=1))
+    done = run("--data", dataset, "--out", out, "--resume", "--fall-back")
+    assert "passed over" in done.stdout and paths[0].name in done.stdout
+    assert same_weights(newest(out), newest(whole))
+
+
+def test_a_damaged_config_is_not_taken_for_the_defaults(whole, dataset, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    os.link(Checkpoints(whole).paths()[0], out / "checkpoint-000000012.pt")
+    (out / "config.json").write_text((whole / "config.json").read_text()[:99])
+    assert "config.json is damaged" in one_line_error(
+        run("--data", dataset, "--out", out, "--resume", code=1)
+    )
+
+
+def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
+    done = run("--data", dataset, "--out", tmp_path / "r", "--epochs", 9, *SMALL, "--lr", "1e30", code=1)
+    assert "diverged" in one_line_error(done)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["--amp", "fp16"], ["--amp", "off"], ["--compile"], ["--variant", "bn", "--optimizer", "lars"]],
+)
+def test_a_gpu_trains_and_resumes(dataset, tmp_path, extra):
+    arguments = ["--data", dataset, "--out", tmp_path / "g", "--global-batch", "16", "--no-progress", *extra]
+    run(*arguments, "--epochs", "1")
+    run(*arguments, "--epochs", "2", "--resume")
+    assert newest(tmp_path / "g")["step"] == 12
+    assert load(tmp_path / "g" / "best.pt")["best"] >= 0
+
+
+def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset, tmp_path):
+    """The terminal sends SIGINT to every process of the command, the readers included."""
+    out = tmp_path / "c"
+    arguments = ["--data", dataset, "--out", out, "--epochs", 50, *SMALL, "--workers", "1"]
+    process = subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_log(out)
+    os.killpg(process.pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in said, errors
+    assert "Traceback" not in errors
+    assert newest(out)["step"] > 0
+
+
+def test_no_process_outlives_a_run(dataset, tmp_path):
+    process = subprocess.Popen(
+        command("--data", dataset, "--out", tmp_path / "k", "--epochs", 50, *SMALL[:-2], "--workers", "1"),
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (tmp_path / "k" / "log.jsonl").exists():
+        time.sleep(0.05)
+    process.kill()  # no chance to tidy up: DALI's readers must notice by themselves
+    process.wait()
+    for _ in range(100):
+        left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+    assert not any(str(process.pid) in entry.name for entry in Path("/dev/shm").iterdir())

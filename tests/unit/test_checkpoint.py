@@ -1,0 +1,99 @@
+"""Checkpoints: whole or not at all, refused by name when damaged."""
+
+import os
+import zipfile
+
+import pytest
+import torch
+
+from base.errors import ModelError
+from model.training.checkpoint import Checkpoints, find, load, save
+
+STATE = {"model": {"w": torch.arange(1000.0)}, "step": 7, "variant": "paper", "lr": 0.1}
+
+
+def test_round_trip_and_still_an_ordinary_torch_file(tmp_path):
+    path = tmp_path / "c.pt"
+    save(path, STATE)
+    for back in (load(path), torch.load(path, weights_only=True)):
+        assert torch.equal(back["model"]["w"], STATE["model"]["w"]) and back["step"] == 7
+    assert zipfile.ZipFile(path).testzip() is None
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_every_flipped_byte_and_every_truncation_is_refused_by_name(tmp_path):
+    path = tmp_path / "c.pt"
+    save(path, STATE)
+    good = path.read_bytes()
+    for position in range(0, len(good), 7):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        with pytest.raises(ModelError, match=r"c\.pt is damaged"):
+            load(path)
+    for length in [0, 1, 63, 64, 65, *range(100, len(good), 501)]:
+        path.write_bytes(good[:length])
+        with pytest.raises(ModelError, match=r"c\.pt is damaged"):
+            load(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    save(path, STATE)
+    before = path.read_bytes()
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ModelError, match="No space left"):
+        save(path, {**STATE, "step": 8})
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_last_few_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    (tmp_path / ".checkpoint-000000001.pt.tmp").write_bytes(b"left by a kill")
+    for step in (1, 2, 3, 4):
+        checkpoints.save({**STATE, "step": step}, best=step == 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best.pt",
+        "checkpoint-000000003.pt",
+        "checkpoint-000000004.pt",
+    ]
+    assert load(tmp_path / "best.pt")["step"] == 2
+    assert checkpoints.newest()["step"] == 4
+    assert find(tmp_path) == tmp_path / "best.pt"
+    assert find(tmp_path / "checkpoint-000000003.pt").name == "checkpoint-000000003.pt"
+
+
+def test_a_later_checkpoint_that_was_passed_over_does_not_count_as_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (4, 8, 12):
+        checkpoints.save({**STATE, "step": step})
+    (tmp_path / "checkpoint-000000012.pt").write_bytes(b"damaged")
+    assert checkpoints.newest(fall_back=True)["step"] == 8
+    Checkpoints(tmp_path, keep=1).save({**STATE, "step": 10})
+    assert [p.name for p in tmp_path.glob("*.pt")] == ["checkpoint-000000010.pt"]
+    assert checkpoints.newest()["step"] == 10
+
+
+def test_missing_checkpoints_are_named(tmp_path):
+    with pytest.raises(ModelError, match="no checkpoint"):
+        Checkpoints(tmp_path).newest()
+    with pytest.raises(ModelError, match="no run at"):
+        find(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="holds no checkpoint"):
+        find(tmp_path)
+    with pytest.raises(ModelError, match="cannot be read"):
+        load(tmp_path / "nothing.pt")
+
+
+def test_only_a_run_that_goes_on_is_told_how(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save(STATE, best=True)
+    path.write_bytes(b"damaged")
+    with pytest.raises(
+        ModelError, match=r"is damaged .*: go on from the one before with --resume --fall-back"
+    ):
+        checkpoints.newest()
+    with pytest.raises(ModelError, match=r"best\.pt is damaged \([^)]*\)$"):
+        load(find(tmp_path))

@@ -1,0 +1,170 @@
+"""tools/export.py: what other programs read is the same network, with all they need to use it."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import CROP, make_run
+
+from model.training import checkpoint
+from pipeline.preprocess import Preprocess
+from tools import export
+from tools.common import load_run
+from tools.peers import import_torchvision
+
+torchvision = import_torchvision()
+
+
+def invoke(*arguments, code=0):
+    done = CliRunner().invoke(export.main, list(map(str, arguments)))
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "paper", dataset)
+
+
+@pytest.fixture(scope="module")
+def owt(dataset, tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "owt", dataset, "owt", crop=224, mean="channel")
+
+
+def noise(count, crop):
+    return 80 * torch.randn(count, 3, crop, crop, generator=torch.Generator().manual_seed(1))
+
+
+def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, tmp_path):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert "within" in invoke(run, "--onnx", tmp_path / "n" / "a.onnx").stdout
+    assert [p.name for p in (tmp_path / "n").iterdir()] == ["a.onnx"]  # nothing beside it
+    proto = onnx.load(tmp_path / "n" / "a.onnx")
+    lrn = [node for node in proto.graph.node if node.op_type == "LRN"]
+    assert len(lrn) == 2
+    constants = {a.name: onnx.helper.get_attribute_value(a) for a in lrn[0].attribute}
+    assert constants == pytest.approx({"size": 5, "alpha": 5e-4, "beta": 0.75, "bias": 2.0})
+
+    session = runtime.InferenceSession(str(tmp_path / "n" / "a.onnx"), providers=["CPUExecutionProvider"])
+    trained = load_run(run)
+    for count in (1, 4):
+        images = noise(count, CROP)
+        (found,) = session.run(None, {"images": images.numpy()})
+        torch.testing.assert_close(
+            torch.tensor(found), trained.network(images), rtol=0, atol=export.TOLERANCE * np.abs(found).max()
+        )
+    said = session.get_modelmeta().custom_metadata_map
+    assert json.loads(said["classes"]) == trained.classes and said["variant"] == "paper"
+    preprocess = json.loads(said["preprocess"])
+    mean = np.frombuffer(base64.b64decode(preprocess["mean_pixels"]), "<f4").reshape(256, 256, 3)
+    assert np.array_equal(mean, trained.preprocess.mean)
+    assert (preprocess["size"], preprocess["crop"], preprocess["mean_mode"]) == (256, CROP, "pixel")
+
+
+@pytest.mark.parametrize("variant", ["owt", "bn"])
+def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    path = make_run(tmp_path / variant, dataset, variant)
+    invoke(path, "--onnx", tmp_path / "a.onnx")  # checks itself
+
+
+def test_an_onnx_file_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch):
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    assert "logits differ" in invoke(run, "--onnx", tmp_path / "a.onnx", code=1).stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_safetensors_hold_the_state_dict(run, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    invoke(run, "--safetensors", tmp_path / "a.safetensors")
+    wanted = load_run(run).network.state_dict()
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert set(file.keys()) == set(wanted)
+        assert all(torch.equal(file.get_tensor(name), wanted[name]) for name in wanted)
+        assert json.loads(file.metadata()["preprocess"])["crop"] == CROP
+
+
+def test_torchvision_loads_owt_and_computes_the_same(owt, tmp_path):
+    said = invoke(owt, "--torchvision", tmp_path / "tv.pth").stdout
+    theirs = torchvision.models.alexnet(num_classes=4).eval()
+    theirs.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True))
+    trained, images = load_run(owt), noise(2, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), trained.network(images), rtol=1e-4, atol=1e-4)
+        # the transform that is recommended makes our inputs
+        mean = [float(x) for x in re.search(r"Normalize\(\[(.*?)\]", said).group(1).split(",")]
+        normalize = torchvision.transforms.Normalize(mean, [1 / 255] * 3)
+        levels = torch.randint(0, 256, (1, 3, 224, 224)).float()
+        ours = levels - torch.tensor(trained.preprocess.mean[0, 0])[:, None, None]
+        torch.testing.assert_close(normalize(levels / 255), ours, rtol=0, atol=0.02)
+
+
+def test_torchvision_has_no_network_with_other_options(dataset, tmp_path):
+    run = make_run(tmp_path / "run", dataset, "owt", activation="tanh")
+    done = invoke(run, "--torchvision", tmp_path / "tv.pth", code=1)
+    assert "trained with activation tanh" in done.output and not (tmp_path / "tv.pth").exists()
+
+
+def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset, tmp_path):
+    torch.manual_seed(0)
+    theirs = torchvision.models.alexnet(num_classes=4).eval()
+    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
+    out = tmp_path / "new" / "tv.pt"
+    invoke("--from-torchvision", tmp_path / "tv.pth", "--out", out, "--data", dataset)
+    trained = load_run(out)
+    assert trained.classes == load_run(out).classes and len(trained.classes) == 4
+    pixels = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(2)).float()
+    normalize = torchvision.transforms.Normalize(export.IMAGENET_MEAN, export.IMAGENET_STD)
+    ours = pixels - torch.tensor(trained.preprocess.mean[0, 0])[:, None, None]
+    with torch.no_grad():
+        wanted = theirs(normalize(pixels / 255))
+        torch.testing.assert_close(trained.network(ours), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_there_and_back_is_the_same_network(owt, dataset, tmp_path):
+    invoke(owt, "--torchvision", tmp_path / "tv.pth")
+    before = load_run(owt)
+    mean = (before.preprocess.mean[0, 0] / 255).tolist()
+    back = ["--mean", *mean, "--std", *[1 / 255] * 3]
+    invoke("--from-torchvision", tmp_path / "tv.pth", "--out", tmp_path / "b.pt", "--data", dataset, *back)
+    after = load_run(tmp_path / "b.pt")
+    for name, tensor in before.network.state_dict().items():
+        assert torch.equal(tensor, after.network.state_dict()[name]), name
+    np.testing.assert_allclose(after.preprocess.mean, before.preprocess.mean, rtol=1e-6)
+    np.testing.assert_array_equal(after.preprocess.color_basis, before.preprocess.color_basis)
+    state = checkpoint.load(tmp_path / "b.pt")
+    assert isinstance(Preprocess.from_state_dict(state["preprocess"]), Preprocess)
+
+
+def test_what_is_wrong_is_said_in_one_line(run, owt, dataset, tmp_path, monkeypatch):
+    (tmp_path / "junk.pth").write_text("junk")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save(torchvision.models.alexnet(num_classes=7).state_dict(), tmp_path / "seven.pth")
+    back = ("--out", tmp_path / "o.pt", "--data", dataset)
+    for arguments, code, words in (
+        ((run,), 2, "nothing to write"),
+        ((), 2, "give a RUN"),
+        ((run, "--onnx", "a", "--out", "b"), 2, "go with --from-torchvision"),
+        (("--from-torchvision", "a"), 2, "needs --out"),
+        ((run, "--torchvision", tmp_path / "x"), 1, "train with --variant owt"),
+        (("--from-torchvision", tmp_path / "junk.pth", *back), 1, "no state dict"),
+        (("--from-torchvision", tmp_path / "none.pth", *back), 1, "No such file"),
+        (("--from-torchvision", tmp_path / "other.pth", *back), 1, "not a state dict of torchvision"),
+        (("--from-torchvision", tmp_path / "seven.pth", *back), 1, "7 outputs"),
+    ):
+        done = invoke(*arguments, code=code)
+        assert re.search(r"(^|\n\n)Error: [^\n]+\n$", done.stderr) and words in done.stderr, done.stderr
+
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(export.importlib, "import_module", missing)
+    assert "'.[export]'" in invoke(run, "--onnx", tmp_path / "a.onnx", code=1).stderr

@@ -1,0 +1,232 @@
+"""Local response normalisation against the paper's formula, written as slow loops in float64."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import native
+from base.errors import ModelError
+from model import lrn
+from model.lrn import LRN, local_response_norm
+
+
+def paper(a, n=5, alpha=1e-4, beta=0.75, k=2.0):
+    """Section 3.3, index by index: kernel i of N, over j = max(0, i-n/2) .. min(N-1, i+n/2)."""
+    a = a.detach().double().numpy()
+    channels = a.shape[1]
+    b = np.empty_like(a)
+    for i in range(channels):
+        total = np.zeros_like(a[:, i])
+        for j in range(max(0, i - n // 2), min(channels - 1, i + n // 2) + 1):
+            total += a[:, j] ** 2
+        b[:, i] = a[:, i] / (k + alpha * total) ** beta
+    return torch.from_numpy(b)
+
+
+def activations(*shape, dtype=torch.float32, spread=30.0, channels_last=True):
+    """Random activations, large enough for the sum to matter beside k = 2."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(spread).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else x
+
+
+needs_native = pytest.mark.skipif(lrn._library(5) is None, reason="no C++ compiler for the native kernel")
+backends = pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_native)])
+
+
+@backends
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 16, 33, 96, 256, 700])
+def test_forward_is_the_papers_formula(backend, channels):
+    x = activations(2, channels, 3, 7)
+    y = local_response_norm(x, backend=backend)
+    assert y.dtype == x.dtype and y.stride() == x.stride()
+    torch.testing.assert_close(y.double(), paper(x), rtol=1e-6, atol=1e-6)
+
+
+@backends
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 11])
+def test_window_sizes(backend, size):
+    x = activations(2, 8, 3, 5)
+    y = local_response_norm(x, size=size, alpha=3e-4, k=1.0, backend=backend)
+    torch.testing.assert_close(y.double(), paper(x, size, 3e-4, 0.75, 1.0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_other_powers_fall_back_on_the_formula(beta):
+    x = activations(2, 8, 3, 5)
+    torch.testing.assert_close(
+        local_response_norm(x, beta=beta).double(), paper(x, beta=beta), rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (2, 7, 9), (2, 7, 3, 4), (2, 7, 3, 4, 2), (0, 7, 3, 4)])
+def test_any_number_of_dimensions(shape):
+    x = activations(*shape)
+    torch.testing.assert_close(local_response_norm(x).double(), paper(x), rtol=1e-6, atol=1e-6)
+
+
+def test_layouts():
+    x = activations(3, 16, 6, 5)
+    for y in (x.contiguous(), x, x[:, :, ::2], x[:, 2:9]):
+        out = local_response_norm(y)
+        torch.testing.assert_close(out.double(), paper(y), rtol=1e-6, atol=1e-6)
+    assert local_response_norm(x.contiguous()).is_contiguous()
+    assert local_response_norm(x).is_contiguous(memory_format=torch.channels_last)
+
+
+# Of 8 and 11 significant bits: rounding the exact result once is off by 2**-8 and 2**-11 at most.
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@backends
+def test_half_precision_is_rounded_once(backend, dtype, rounding):
+    if backend == "native" and dtype is torch.float16:
+        pytest.skip("the native kernel takes bfloat16 and float32")
+    x = activations(2, 96, 9, 9, dtype=dtype)
+    y = local_response_norm(x, backend=backend)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), paper(x), rtol=rounding, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("k", [1e-3, 0.5, 1.0, 2.0, 7.3, 1e4])
+def test_native_power_over_its_range(k):
+    x = torch.logspace(-6, 15, 20_000).view(-1, 1, 1, 1)
+    y = local_response_norm(x, k=k, backend="native")
+    torch.testing.assert_close(y.double(), paper(x, k=k), rtol=5e-7, atol=0)
+
+
+@backends
+def test_nan_stays_and_the_largest_values_do_no_harm(backend):
+    x = torch.zeros(1, 16, 1, 2)
+    x[0, 8, 0, 0] = torch.nan
+    x[0, 8, 0, 1] = 3e38
+    y = local_response_norm(x.contiguous(memory_format=torch.channels_last), backend=backend)
+    assert y[0, :, 0, 0].isnan().sum() == 5  # the window around it
+    assert y[0, :, 0, 1].isfinite().all()
+
+
+def test_alpha_is_not_divided_by_the_window():
+    x = activations(2, 16, 4, 4)
+    ours = local_response_norm(x, alpha=1e-4)
+    assert (ours - F.local_response_norm(x, 5, alpha=1e-4, beta=0.75, k=2.0)).abs().max() > 0.1
+    torch.testing.assert_close(ours, F.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5, 9])
+@pytest.mark.parametrize(("size", "beta"), [(5, 0.75), (3, 0.5)])
+def test_gradient_of_the_formula(channels, size, beta):
+    x = activations(2, channels, 2, 3, dtype=torch.float64).requires_grad_()
+    # A large alpha, so that the neighbours' share of the gradient is not lost in the tolerance.
+    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, size, 1e-2, beta, 2.0), x)
+
+
+@needs_native
+@pytest.mark.parametrize("channels", [1, 3, 16, 96, 256, 700])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
+def test_native_gradient(channels, dtype, tolerance):
+    """Against the formula in float64, which gradcheck proves: float32 to its precision, bfloat16 rounded once."""
+    x = activations(2, channels, 3, 5, dtype=dtype).requires_grad_()
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)  # not channels-last
+    (ours,) = torch.autograd.grad(local_response_norm(x, alpha=1e-3, backend="native"), x, grad)
+    wide = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(
+        local_response_norm(wide, alpha=1e-3, backend="eager"), wide, grad.double()
+    )
+    assert ours.dtype == dtype and ours.stride() == x.stride()
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=2e-6)
+
+
+@backends
+def test_torch_compile_takes_it_whole(backend):
+    layer = LRN(backend=backend)
+    x = activations(2, 16, 5, 5).requires_grad_()
+
+    def loss(x):
+        return (layer(x * 2) ** 2).sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_compiled_backend_is_the_formula():
+    x = activations(2, 16, 5, 5).requires_grad_()
+    y = local_response_norm(x, backend="compiled")
+    torch.testing.assert_close(y.double(), paper(x), rtol=1e-6, atol=1e-6)
+    (ours,) = torch.autograd.grad(y.sum(), x)
+    (expected,) = torch.autograd.grad(local_response_norm(x, backend="eager").sum(), x)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["auto", "eager", "compiled"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)]
+)
+def test_on_the_gpu(backend, dtype, tolerance):
+    x = activations(2, 96, 9, 9, dtype=dtype)
+    device = x.cuda().requires_grad_()
+    y = local_response_norm(device, backend=backend)
+    torch.testing.assert_close(y.cpu().double(), paper(x), rtol=tolerance, atol=1e-6)
+    (grad,) = torch.autograd.grad(y, device, torch.ones_like(y))
+    wide = x.double().requires_grad_()
+    local_response_norm(wide, backend="eager").sum().backward()
+    torch.testing.assert_close(grad.cpu().double(), wide.grad, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"size": 4}, "odd number"),
+        ({"size": 0}, "odd number"),
+        ({"k": 0.0}, "above 0"),
+        ({"backend": "fast"}, "no LRN backend 'fast'"),
+        ({"backend": "native", "beta": 0.5}, "beta 0.5"),
+    ],
+)
+def test_unusable_options_are_refused_in_one_line(options, complaint):
+    with pytest.raises(ModelError, match=complaint) as error:
+        local_response_norm(torch.ones(1, 5, 2, 2), **options)
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("x", [torch.ones(5), torch.ones(1, 5, dtype=torch.int64)])
+def test_unusable_inputs_are_refused(x):
+    with pytest.raises(ModelError, match="floating point"):
+        local_response_norm(x)
+
+
+def test_without_a_compiler_it_falls_back_with_a_warning(monkeypatch):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.delenv("ALEXNET_NATIVE", raising=False)
+    native._load.cache_clear()
+    try:
+        x = activations(2, 8, 3, 3)
+        with pytest.warns(UserWarning, match="falls back"):
+            y = local_response_norm(x)
+        torch.testing.assert_close(y.double(), paper(x), rtol=1e-6, atol=1e-6)
+        with pytest.raises(ModelError, match="C\\+\\+ compiler"):
+            local_response_norm(x, backend="native")
+    finally:
+        native._load.cache_clear()
+
+
+def test_the_environment_can_turn_the_kernel_off(tmp_path):
+    script = "import torch; from model.lrn import LRN; LRN()(torch.ones(1, 5, 2, 2))"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "ALEXNET_LRN": "eager"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_native
+def test_processes_that_build_at_once_leave_one_library(tmp_path):
+    script = "import torch; from model.lrn import LRN; LRN(backend='native')(torch.ones(1, 5, 1, 1))"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    ranks = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    (library,) = (tmp_path / "alexnet-dali").iterdir()
+    assert library.suffix == ".so"

@@ -1,0 +1,131 @@
+"""tools/predict.py: exactly the training's preprocessing, the right neighbours, broken images do not stop it."""
+
+import json
+import re
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import make_run
+
+from pipeline.build.images import prepare
+from pipeline.build.sources import open_source
+from pipeline.build.split import Options, build_split
+from pipeline.load.loader import eval_loader
+from pipeline.preprocess import Preprocess, network_input, stored_image
+from pipeline.shards import ShardReader
+from tools import predict as tool
+from tools.common import load_run
+
+QUICK = ["--gpus", "0", "--workers", "0", "--no-progress"]
+
+
+def invoke(*arguments, code=0, **kwargs):
+    done = CliRunner().invoke(tool.main, [*map(str, arguments), *QUICK], **kwargs)
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "a", dataset)
+
+
+@pytest.mark.parametrize("encoding", ["png", "raw"])
+def test_a_photograph_becomes_what_the_shards_hold_and_the_loader_gives(class_folders, tmp_path, encoding):
+    source = class_folders / "train"
+    build_split(open_source(source, "train"), tmp_path, Options(encoding=encoding), workers=1)
+    reader = ShardReader(tmp_path / "train")
+    prepared = np.stack([prepare(p.read_bytes()) for p in sorted(source.rglob("*.JPEG"))])
+    stored = np.stack([stored_image(reader, i) for i in range(len(reader))])
+    # the shards are shuffled: find each record's photograph by its pixels
+    place = {image.tobytes(): i for i, image in enumerate(prepared)}
+    assert len(place) == len(prepared) == len(stored)
+    order = [place[image.tobytes()] for image in stored]
+    for mean in ("pixel", "channel", "none"):
+        preprocess = Preprocess.load(tmp_path / "train", crop=224, mean_mode=mean)
+        loader = eval_loader(reader, preprocess, 20, workers=0)
+        loaded = torch.cat([images.clone() for images, _ in loader])
+        assert torch.equal(network_input(prepared[order], preprocess), loaded), mean
+        loader.close()
+
+
+def test_json_text_and_sheet_agree_with_the_network(run, class_folders, tmp_path):
+    folder = class_folders / "val" / "coffee"
+    assert len(list(folder.iterdir())) == 6
+    said = invoke(run, folder, "--json", tmp_path / "p.json", "--sheet", tmp_path / "s.png", "--top", 3)
+    listed = json.loads((tmp_path / "p.json").read_text())
+    paths = sorted(map(str, folder.iterdir()))
+    assert [entry["image"] for entry in listed] == paths
+    trained = load_run(run)
+    images = np.stack([prepare(p.read_bytes()) for p in sorted(folder.iterdir())])
+    with torch.no_grad():
+        wanted = trained.network(network_input(images, trained.preprocess)).softmax(1)
+    for entry, row in zip(listed, wanted, strict=True):
+        best = row.topk(3)
+        assert [guess["label"] for guess in entry["top"]] == best.indices.tolist()
+        assert [g["probability"] for g in entry["top"]] == pytest.approx(best.values.tolist(), rel=1e-4)
+        assert all(g["name"] == trained.classes[g["label"]]["wnid"] for g in entry["top"])
+    assert said.stdout.count("█") > 0 and said.stdout.count("coffee *") == len(
+        [1 for entry in listed if "coffee" in [g["name"] for g in entry["top"]]]
+    )
+    picture = cv2.imread(str(tmp_path / "s.png"))
+    assert picture is not None and picture.std() > 20
+
+
+def test_what_is_left_out_of_a_folder_is_counted(run, class_folders, tmp_path):
+    shutil.copytree(class_folders / "val" / "coffee", tmp_path / "photos")
+    for name in ("scan.tiff", "notes.txt", ".hidden"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    done = invoke(run, tmp_path / "photos", "--json", tmp_path / "p.json")
+    assert len(json.loads((tmp_path / "p.json").read_text())) == 6
+    assert done.stderr.count("2 files not called .bmp, ") == 1
+
+
+def test_neighbours_are_the_nearest_of_all_by_fc7(run, dataset, photos, tmp_path):
+    chosen = [photos["coffee"], photos["chelsea"]]
+    invoke(
+        run, *chosen, "--neighbours", dataset, "--json", tmp_path / "n.json", "--sheet", tmp_path / "n.png"
+    )
+    trained, reader = load_run(run), ShardReader(dataset / "train")
+    stored = np.stack([stored_image(reader, i) for i in range(len(reader))])
+
+    def fc7(images):
+        with torch.no_grad():
+            return trained.network.forward_features(network_input(images, trained.preprocess)).numpy()
+
+    everything = fc7(stored)
+    for path, entry in zip(chosen, json.loads((tmp_path / "n.json").read_text()), strict=True):
+        gaps = np.linalg.norm(everything - fc7(prepare(path.read_bytes())[None]), axis=1)
+        order = np.argsort(gaps, kind="stable")[:6]
+        assert [n["index"] for n in entry["neighbours"]] == order.tolist()
+        assert [n["distance"] for n in entry["neighbours"]] == pytest.approx(gaps[order], rel=1e-3)
+        assert [n["label"] for n in entry["neighbours"]] == [reader.read(int(i))[1] for i in order]
+    assert cv2.imread(str(tmp_path / "n.png")) is not None
+
+
+def test_a_broken_image_gets_a_line_and_the_others_go_on(run, photos, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(photos["rocket"].read_bytes()[:5000])
+    (tmp_path / "text.png").write_text("not an image")
+    paths = [tmp_path / "broken.jpg", photos["rocket"], tmp_path / "text.png", tmp_path / "none.jpg"]
+    done = invoke(run, "-", "--json", "-", input="".join(f"{path}\n" for path in paths), code=1)
+    listed = json.loads(done.stdout)
+    assert [entry["image"] for entry in listed if "top" in entry] == [str(photos["rocket"])]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4 and lines[-1] == "3 of 4 images could not be read"
+    assert "truncated JPEG" in lines[0] and "text.png" in lines[1] and "No such file" in lines[2]
+
+
+def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path, photos):
+    for arguments, words in (
+        ((tmp_path / "none", photos["rocket"]), "no run at"),
+        ((run, tmp_path), "no images in"),
+        ((run, photos["rocket"], "--neighbours", tmp_path), "no data set"),
+    ):
+        done = invoke(*arguments, code=1)
+        assert re.fullmatch(r"Error: [^\n]+\n", done.stderr) and words in done.stderr
+    done = CliRunner().invoke(tool.main, [str(run)])
+    assert done.exit_code == 2

@@ -1,0 +1,284 @@
+"""Shards, manifest and checksums, and that DALI reads them as a Caffe LMDB."""
+
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import cv2
+import lmdb
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from base.errors import DataError
+from pipeline.build.sources import open_source
+from pipeline.build.split import Options, build_split
+from pipeline.datum_pb2 import Datum
+from pipeline.shards import Manifest, ShardReader, ShardWriter, pca_of_moments, record_key
+from tools.verify_lmdb import main as verify
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    """A copy of the data set that a test may damage."""
+    return Path(shutil.copytree(dataset, tmp_path / "copy"))
+
+
+def test_reader_counts_labels_and_places(dataset: Path) -> None:
+    reader = ShardReader(dataset / "train")
+    assert len(reader) == 96 == reader.manifest.count
+    assert [shard["count"] for shard in reader.manifest.shards] == [32, 32, 32]
+    assert [entry["wnid"] for entry in reader.manifest.classes] == [
+        "astronaut",
+        "chelsea",
+        "coffee",
+        "rocket",
+    ]
+    labels = [reader.read(index)[1] for index in range(96)]
+    assert np.bincount(labels).tolist() == [24] * 4
+    assert len(set(labels[:16])) == 4  # shuffled
+    assert reader.locate(0) == ("shard-00000", b"00000000")
+    assert reader.locate(95) == ("shard-00002", b"00000031")
+    for index in (-1, 96):
+        with pytest.raises(IndexError):
+            reader.read(index)
+    data, _ = reader.read(40)
+    assert data.dtype == np.uint8 and cv2.imdecode(data, cv2.IMREAD_COLOR).shape == (256, 256, 3)
+
+
+READ_IN_CHILD = """
+import multiprocessing, sys
+from pipeline.shards import ShardReader
+
+def contents(reader):
+    return [reader.read(index)[0].tobytes() for index in range(len(reader))]
+
+def read(reader, queue):
+    queue.put(contents(reader))
+
+if __name__ == "__main__":
+    reader = ShardReader(sys.argv[1])
+    expected = contents(reader)
+    another = ShardReader(sys.argv[1])
+    another.read(0)
+    context = multiprocessing.get_context(sys.argv[2])
+    queue = context.Queue()
+    process = context.Process(target=read, args=(reader, queue))
+    process.start()
+    assert queue.get(timeout=60) == expected
+    process.join()
+    assert contents(another) == contents(reader) == expected
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_reader_reopens_in_other_processes(dataset: Path, tmp_path: Path, method: str) -> None:
+    script = tmp_path / "read.py"  # of its own: a fork of this process would have the locks of its threads
+    script.write_text(READ_IN_CHILD)
+    subprocess.run([sys.executable, str(script), str(dataset / "val"), method], check=True, timeout=120)
+    reader = ShardReader(dataset / "val")
+    expected = [reader.read(index)[0].tobytes() for index in range(len(reader))]
+    again = pickle.loads(pickle.dumps(reader))
+    assert again.read(3)[0].tobytes() == expected[3]
+    reader.close()
+    assert reader.read(3)[0].tobytes() == expected[3]
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "png", "raw"])
+def test_dali_reads_it_as_caffe(class_folders: Path, tmp_path: Path, encoding: str) -> None:
+    from nvidia.dali import fn, pipeline_def
+
+    quality = 90 if encoding == "jpeg" else None
+    source = open_source(class_folders / "val", "val")
+    build_split(source, tmp_path, Options(64, encoding, quality, images_per_shard=10), workers=1)
+    reader = ShardReader(tmp_path / "val")
+
+    @pipeline_def(batch_size=len(reader), num_threads=1, device_id=None)
+    def graph():  # type: ignore[no-untyped-def]
+        paths = [str(tmp_path / "val" / shard["name"]) for shard in reader.manifest.shards]
+        data, labels = fn.readers.caffe(path=paths)
+        return (data if encoding == "raw" else fn.decoders.image(data, device="cpu")), labels
+
+    images, labels = graph(prefetch_queue_depth=1).run()
+    for index in range(len(reader)):
+        data, label = reader.read(index)
+        assert labels.at(index).item() == label
+        if encoding == "raw":
+            assert data.shape == (64, 64, 3)
+            assert np.array_equal(images.at(index).reshape(64, 64, 3), data)
+        else:
+            expected = cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+            # libjpeg-turbo versions may round differently, by a level or two.
+            assert np.abs(images.at(index).astype(int) - expected).max() <= (3 if encoding == "jpeg" else 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(records=st.lists(st.tuples(st.binary(max_size=300_000), st.integers(0, 999)), max_size=150))
+def test_writer_keeps_any_records(tmp_path_factory: pytest.TempPathFactory, records: list) -> None:
+    folder = tmp_path_factory.mktemp("shard")
+    entries = []
+    for name in ("one", "two"):
+        writer = ShardWriter(folder / name, 256, encoded=True)
+        for data, label in records:
+            writer.append(data, label)
+        entries.append(writer.close())
+    assert entries[0] == entries[1]  # the same file bytes
+    with lmdb.open(str(folder / "one"), readonly=True, lock=False) as env, env.begin() as transaction:
+        keys = [key for key, _ in transaction.cursor()]
+    assert keys == [record_key(index) for index in range(len(records))]
+    shutil.rmtree(folder)
+
+
+def test_file_grows_beyond_its_first_map(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "shard", 256, encoded=False)
+    block = np.random.default_rng(0).bytes(3 * 256 * 256)
+    for label in range(200):
+        writer.append(block, label)
+    entry = writer.close()
+    assert entry["count"] == 200 and entry["bytes"] > 200 * len(block) > 1 << 25
+
+
+def test_pca_is_that_of_the_pixels() -> None:
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(0, 256, (5000, 3)) // np.array([1, 2, 3])
+    products = (pixels.T @ pixels).tolist()
+    mean, values, vectors = pca_of_moments(len(pixels), pixels.sum(axis=0).tolist(), products)
+    covariance = np.cov(pixels.T / 255, bias=True)
+    assert np.allclose(mean, pixels.mean(axis=0))
+    assert values == sorted(values, reverse=True)
+    assert np.allclose(np.array(vectors) @ np.diag(values) @ np.array(vectors).T, covariance)
+    for column in np.array(vectors).T:
+        assert column[np.abs(column).argmax()] > 0
+
+
+# --- damage ------------------------------------------------------------------------------------------------
+
+
+def test_missing_data_set_names_the_tool(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tools/build_lmdb\.py") as caught:
+        ShardReader(tmp_path / "train")
+    assert isinstance(caught.value, click.ClickException) and "\n" not in caught.value.message
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_every_flipped_bit_of_the_manifest_is_found(
+    dataset: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content = bytearray((dataset / "val/manifest.json").read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= 1 << data.draw(st.integers(0, 7))
+    folder = tmp_path_factory.mktemp("manifest")
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"damaged|format"):
+        Manifest.load(folder)
+
+
+def test_reader_refuses_a_short_or_missing_shard(copy: Path) -> None:
+    database = copy / "train/shard-00001/data.mdb"
+    with database.open("r+b") as file:
+        file.truncate(database.stat().st_size - 4096)
+    with pytest.raises(DataError, match="shard-00001"):
+        ShardReader(copy / "train")
+    database.unlink()
+    with pytest.raises(DataError, match="shard-00001"):
+        ShardReader(copy / "train")
+
+
+def test_reader_names_the_key_of_a_lost_record(copy: Path) -> None:
+    folder = copy / "val/shard-00000"
+    with lmdb.open(str(folder), lock=False) as env, env.begin(write=True) as transaction:
+        transaction.put(b"00000005", b"\xff\xff\xff")
+        transaction.delete(b"00000007")
+        transaction.put(b"somethin", b"else")
+    manifest = Manifest.load(copy / "val")
+    manifest.shards[0]["bytes"] = (folder / "data.mdb").stat().st_size
+    manifest.save(copy / "val")
+    reader = ShardReader(copy / "val")
+    for index in (5, 7):
+        with pytest.raises(DataError, match=rf"shard-00000.*0000000{index}"):
+            reader.read(index)
+    output = CliRunner().invoke(verify, [str(copy / "val")]).output
+    assert "key 00000005: not a Datum" in output and "key 00000007: missing" in output
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "png"])
+def test_a_record_cut_short_is_named(class_folders: Path, tmp_path: Path, encoding: str) -> None:
+    """Batches lie in memory with zeros after each record, where a decoder may not miss the end."""
+    options = Options(64, encoding, 90 if encoding == "jpeg" else None)
+    build_split(open_source(class_folders / "val", "val"), tmp_path, options, workers=1)
+    folder, key = tmp_path / "val/shard-00000", record_key(3)
+    with lmdb.open(str(folder), lock=False) as env, env.begin(write=True) as transaction:
+        datum = Datum.FromString(transaction.get(key))
+        datum.data = datum.data[:-1]
+        transaction.put(key, datum.SerializeToString())
+    manifest = Manifest.load(tmp_path / "val")
+    manifest.shards[0]["bytes"] = (folder / "data.mdb").stat().st_size
+    manifest.save(tmp_path / "val")
+    reader = ShardReader(tmp_path / "val")
+    reader.read(2)
+    with pytest.raises(DataError, match=r"shard-00000, key 00000003 .*ends too early"):
+        reader.read(3)
+
+
+def test_what_is_no_data_set_is_said_with_the_way_to_one(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos/train/n01440764").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"which holds n01440764: .*build_lmdb.py \S*photos OUT"):
+        ShardReader(tmp_path / "photos/train")
+    with pytest.raises(DataError, match=f"one split of a data set, give {re.escape(str(copy))}$"):
+        ShardReader(copy / "train" / "val")
+
+
+def test_mean_is_checked(copy: Path) -> None:
+    manifest = Manifest.load(copy / "val")
+    assert manifest.load_mean(copy / "val").shape == (256, 256, 3)
+    path = copy / "val/mean.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"mean\.npy"):
+        manifest.load_mean(copy / "val")
+
+
+def test_verify_passes_what_was_built(dataset: Path) -> None:
+    result = CliRunner().invoke(verify, [str(dataset), "--workers", "2"])
+    assert result.exit_code == 0, result.output
+    assert "96 images" in result.output and "24 images" in result.output and "damaged" not in result.output
+
+
+def test_verify_names_the_damaged_record(copy: Path) -> None:
+    reader = ShardReader(copy / "train")
+    index = 70
+    shard, key = reader.locate(index)
+    database = copy / "train" / shard / "data.mdb"
+    content = bytearray(database.read_bytes())
+    data = reader.read(index)[0].tobytes()
+    middle = data[len(data) // 2 :][:300]  # the tables at the start are the same in all JPEGs
+    content[content.index(middle) + 99] ^= 4
+    database.write_bytes(content)
+    result = CliRunner().invoke(verify, [str(copy / "train")])
+    assert result.exit_code == 1
+    assert f"key {key.decode()}: " in result.output
+    assert [line.split()[-1] for line in result.output.splitlines() if line.startswith("  shard")] == [
+        *("ok", "ok", "damaged")
+    ]
+
+
+@pytest.mark.parametrize("file", ["shard-00000/data.mdb", "shard-00000/crc32.npy", "mean.npy"])
+def test_verify_finds_a_flip_anywhere(copy: Path, file: str) -> None:
+    path = copy / "val" / file
+    original = path.read_bytes()
+    rng = np.random.default_rng(5)
+    for position in [0, 20, 4096 + 12, *rng.integers(0, len(original), 5)]:
+        if position < len(original):
+            content = bytearray(original)
+            content[position] ^= 0x10
+            path.write_bytes(content)
+            result = CliRunner().invoke(verify, [str(copy / "val"), "--workers", "1"])
+            assert result.exit_code == 1 and "damaged" in result.output, (file, position, result.output)

@@ -1,0 +1,141 @@
+"""tools/show.py: pictures that can be opened and that show the very numbers they claim to show."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import cv2
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import CROP, make_run, write_log
+
+from pipeline.load.plan import Plan
+from pipeline.preprocess import Preprocess, stored_image
+from pipeline.shards import ShardReader
+from tools import show
+from tools.common import load_run
+
+
+def invoke(*arguments, code=0):
+    done = CliRunner().invoke(show.main, list(map(str, arguments)))
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+def assert_picture(path, least=200):
+    picture = cv2.imread(str(path))
+    assert picture is not None and min(picture.shape[:2]) >= least and picture.std() > 5
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    out = make_run(tmp_path_factory.mktemp("runs") / "a", dataset)
+    write_log(out)
+    return out
+
+
+def test_every_command_writes_a_picture(run, dataset, tmp_path):
+    invoke("batch", dataset, "--images", 5, "--crop", CROP, "--step", 1, "--out", tmp_path / "b.png")
+    invoke("filters", run, "--out", tmp_path / "f.png")
+    invoke("curves", run, "--out", tmp_path / "c.png")
+    said = invoke("dataset", dataset, "--out", tmp_path / "d.png")
+    assert "train: 96 images of 4 classes (24 to 24 a class), jpeg, 3 shards" in said.stdout
+    for name in "bfcd":
+        assert_picture(tmp_path / f"{name}.png")
+
+
+def test_batch_shows_the_crop_of_the_stored_image(dataset):
+    reader = ShardReader(dataset / "train")
+    preprocess = Preprocess.load(dataset / "train", 224)
+    plan = Plan(count=96, global_batch=8, color_std=0.0, seed=3)
+    figure = show.batch_figure(reader, plan, preprocess, step=13, images=3)  # in the second epoch
+    samples, views = plan.samples(1, 1), plan.views(1, 1)
+    panels = [axes for cell in figure.subfigs for axes in cell.axes]
+    for place in range(3):
+        stored, augmented, _ = (np.asarray(a.images[0].get_array()) for a in panels[3 * place :][:3])
+        image = stored_image(reader, int(samples[place]))
+        assert np.array_equal(stored, image)
+        top, left = views.anchor[place]
+        crop = image[top : top + 224, left : left + 224]
+        crop = crop[:, ::-1] if views.flip[place] else crop
+        # the loader's decoder and OpenCV's may round a JPEG differently
+        assert np.abs(augmented.astype(int) - crop).max() <= 3
+
+
+def test_filters_are_scaled_about_grey(run):
+    trained = load_run(run)
+    figure = show.filters_figure(trained.network, "title")
+    mosaic = np.asarray(figure.axes[0].images[0].get_array())
+    weights = trained.network.features.conv1.weight.numpy()
+    assert mosaic.shape == (6 * 12 - 1, 16 * 12 - 1, 3)
+    for place in (0, 17, 95):  # row by row
+        y, x = 12 * (place // 16), 12 * (place % 16)
+        kernel = weights[place].transpose(1, 2, 0)
+        wanted = 0.5 + kernel / (2 * np.abs(kernel).max())
+        np.testing.assert_allclose(mosaic[y : y + 11, x : x + 11], wanted, atol=1e-6)
+
+
+def test_curves_compare_runs_over_epochs(run, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_log(other, epochs=2, steps=3)  # another batch size: other steps, the same epochs
+    with (other / "log.jsonl").open("a") as file:
+        file.write('{"kind": "train", "epo')  # being written
+    figure = show.curves_figure({"a": show.read_log(run), "b": show.read_log(other)})
+    loss, accuracy = figure.axes[:2]
+    assert [list(line.get_xdata()) for line in loss.lines[1::2]] == [[1, 2, 3], [1, 2]]
+    for line, percent in zip(accuracy.lines, ([20, 30, 40], [60, 70, 80]), strict=False):
+        assert list(line.get_ydata()) == pytest.approx(percent)
+    invoke("curves", run, other, "--out", tmp_path / "two.png")
+    assert_picture(tmp_path / "two.png")
+
+
+def test_dataset_counts_classes_of_both_splits(dataset):
+    readers = {split: ShardReader(dataset / split) for split in ("train", "val")}
+    counts = {split: show.count_classes(reader, split) for split, reader in readers.items()}
+    assert counts["train"].tolist() == [24] * 4 and counts["val"].tolist() == [6] * 4
+
+
+class Sources(HTMLParser):
+    """Everything that a page would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for key, value in attributes if key in ("src", "href", "srcset", "data")]
+
+
+def test_report_is_one_file_that_loads_nothing(run, dataset, tmp_path):
+    out = tmp_path / "r.html"
+    invoke("report", run, "--data", dataset, "--out", out, "--gpus", 0, "--workers", 0, "--no-progress")
+    page = out.read_text()
+    sources = Sources()
+    sources.feed(page)
+    pictures = [s for s in sources.found if not s.startswith("#")]
+    assert len(pictures) == 6
+    for source in pictures:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR) is not None
+    assert "url(" not in page and "<script" not in page and "astronaut" in page
+    ids = set(re.findall(r'<h2 id="([^"]+)"', page))
+    assert {s[1:] for s in sources.found if s.startswith("#")} == ids
+
+
+def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, words in (
+        (("curves", empty), "give a folder that train.py wrote"),
+        (("filters", empty), "holds no checkpoint"),
+        (("batch", empty), "no data set"),
+        (("dataset", empty), "no data set"),
+        (("batch", dataset, "--crop", 300), "does not fit"),
+    ):
+        done = invoke(*arguments, "--out", tmp_path / "x.png", code=1)
+        assert re.fullmatch(r"Error: [^\n]+\n", done.stderr) and words in done.stderr, done.stderr
+    (empty / "log.jsonl").write_text('{"kind": "tr\n{"kind": "train"}\n')
+    assert "line 1" in invoke("curves", empty, code=1).stderr

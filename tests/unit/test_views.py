@@ -1,0 +1,254 @@
+"""The one-pass kernel against DALI's operators, and what happens where it cannot be built."""
+
+import shutil
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import native
+from base.errors import DataError
+from model.alexnet import AlexNet
+from pipeline.build.sources import open_source
+from pipeline.build.split import Options, build_split
+from pipeline.load.loader import eval_loader, train_loader
+from pipeline.load.plan import Plan
+from pipeline.load.views import ViewCutter, ten_views
+from pipeline.preprocess import MEANS, Preprocess
+from pipeline.shards import ShardReader
+from train import input_dtype
+
+needs_compiler = pytest.mark.skipif(
+    ViewCutter.of(np.zeros((1, 1, 3), np.float32), 1, torch.float32, 1) is None, reason="no C++ compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def raw_val(class_folders, tmp_path_factory):
+    """The val split as raw records."""
+    out = tmp_path_factory.mktemp("raw-records")
+    build_split(open_source(class_folders / "val", "val"), out, Options(encoding="raw"), workers=1)
+    return out / "val"
+
+
+@needs_compiler
+@given(
+    size=st.integers(1, 40),
+    count=st.integers(1, 5),
+    each=st.integers(1, 3),
+    threads=st.integers(1, 4),
+    data=st.data(),
+)
+def test_every_size_equals_numpy(size, count, each, threads, data):
+    crop = data.draw(st.integers(1, size))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    mean = rng.uniform(0, 255, (size, size, 3)).astype(np.float32)
+    images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    anchors = rng.integers(0, size - crop + 1, (count * each, 2), dtype=np.int32)
+    flips = rng.integers(0, 2, count * each, dtype=np.int32)
+    shifts = rng.normal(0, 20, (count * each, 3)).astype(np.float32)
+    given_ = [torch.from_numpy(array) for array in (images, anchors, flips, shifts)]
+    found = ViewCutter.of(mean, crop, torch.float32, threads)(*given_)
+    for i, (top, left) in enumerate(anchors):
+        window = np.s_[top : top + crop, left : left + crop]
+        expected = images[i // each][window].astype(np.float64) - mean[window] + shifts[i]
+        np.testing.assert_allclose(found[i], expected[:, ::-1] if flips[i] else expected, atol=1e-4)
+    rounded = ViewCutter.of(np.asfortranarray(mean), crop, torch.bfloat16, threads)(*given_)
+    assert torch.equal(rounded, found.bfloat16())  # torch rounds to the nearest even, too
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", MEANS)
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (0, 2), (1, 1), (1, 3)])
+def test_training_batches_are_those_of_dalis_operators(dataset, mode, workers, prefetch):
+    """From one epoch into the next, and with DALI some batches ahead."""
+    reader = ShardReader(dataset / "train")
+    preprocess = Preprocess.load(dataset / "train", 224, mode)
+    plan = Plan(len(reader), 16)
+    first = plan.steps_per_epoch - 1
+
+    def batches(**options):
+        options |= {"workers": workers, "prefetch": prefetch}
+        return train_loader(reader, plan, preprocess, first_step=first, end_step=first + 3, **options)
+
+    # with a mean a channel DALI subtracts mean minus shift, whose rounding is another
+    same = torch.equal if mode != "channel" else lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-4)
+    for (a, la), (b, lb) in zip(batches(), batches(fused=False), strict=True):
+        assert same(a, b) and torch.equal(la, lb)
+    for fused in (True, False):
+        for (a, _), (b, _) in zip(
+            batches(dtype=torch.bfloat16, fused=fused), batches(fused=fused), strict=True
+        ):
+            assert a.is_contiguous(memory_format=torch.channels_last) and torch.equal(a, b.bfloat16())
+
+
+@needs_compiler
+@pytest.mark.parametrize("ten_crops", [False, True])
+def test_evaluation_and_raw_records_too(dataset, raw_val, ten_crops):
+    """A raw data set, whose records are not decoded at all; the last batch is smaller."""
+    preprocess = Preprocess.load(dataset / "train", 224)
+    for data in (dataset / "val", raw_val):
+        reader = ShardReader(data)
+        for workers in (0, 1):
+            options = {"ten_crops": ten_crops, "workers": workers}
+            fused = eval_loader(reader, preprocess, 7, prefetch=2, **options)
+            first, fused = list(fused), list(fused)
+            assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, fused, strict=True))
+            plain = list(eval_loader(reader, preprocess, 7, fused=False, **options))
+            assert len(fused) == len(plain) == -(-len(reader) // 7)
+            for (a, la), (b, lb) in zip(fused, plain, strict=True):
+                assert torch.equal(a, b) and torch.equal(la, lb)
+
+
+def test_ten_views_are_the_papers():
+    anchors, flips = ten_views(256, 224)
+    assert anchors.tolist() == [[0, 0], [0, 32], [32, 0], [32, 32], [16, 16]] * 2
+    assert flips.tolist() == [0] * 5 + [1] * 5
+
+
+@needs_compiler
+def test_what_the_kernel_would_read_beyond_is_refused():
+    mean = np.zeros((8, 8, 3), np.float32)
+    cut = ViewCutter.of(mean, 6, torch.float32, 1)
+    images, anchors = torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int32)
+    flips, shifts = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 3)
+    assert cut(images, anchors, flips, shifts).shape == (2, 6, 6, 3)
+    for wrong in (
+        (images[:, :7], anchors, flips, shifts),
+        (images.float(), anchors, flips, shifts),
+        (images.transpose(1, 2), anchors, flips, shifts),
+        (images[:0], anchors[:0], flips[:0], shifts[:0]),
+        (images[:0], anchors, flips, shifts),
+        (images, anchors + 3, flips, shifts),
+        (images, anchors - 1, flips, shifts),
+        (images, anchors[:1], flips, shifts),
+        (images, anchors, flips.long(), shifts),
+        (images, anchors, flips, shifts.double()),
+        (images, anchors[:1], flips[:1], shifts[:1]),
+    ):
+        with pytest.raises(ValueError, match=r"not torch.* contiguous|beyond an image"):
+            cut(*wrong)
+    with pytest.raises(ValueError, match="no crop"):
+        ViewCutter.of(mean[:, :5], 4, torch.float32, 1)
+    assert ViewCutter.of(mean, 4, torch.float16, 1) is None
+
+
+@needs_compiler
+def test_where_no_thread_can_start_the_work_is_done_all_the_same():
+    """A limit on threads, as containers have, met in a process of its own."""
+    code = """
+import resource, numpy as np, torch
+from pipeline.load.views import ViewCutter
+cut = ViewCutter.of(np.zeros((8, 8, 3), np.float32), 8, torch.float32, 64)
+arguments = (
+    torch.full((64, 8, 8, 3), 7, dtype=torch.uint8), torch.zeros(64, 2, dtype=torch.int32),
+    torch.zeros(64, dtype=torch.int32), torch.zeros(64, 3),
+)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (20 << 20),) * 2)  # room for two threads' stacks
+assert cut(*arguments).eq(7).all()
+"""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+
+
+@needs_compiler
+@pytest.mark.parametrize("environment", [{"CXX": "/no/such/compiler"}, {"ALEXNET_NATIVE": "0"}], ids=str)
+def test_without_a_compiler_dalis_operators_do_it(dataset, monkeypatch, environment):
+    reader = ShardReader(dataset / "train")
+    preprocess = Preprocess.load(dataset / "train", 224)
+
+    def batch(**options):
+        plan = Plan(len(reader), 16)
+        return next(train_loader(reader, plan, preprocess, end_step=1, workers=0, **options))[0]
+
+    expected = batch(fused=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    native._load.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert torch.equal(batch(), expected)
+        said = [str(w.message) for w in warned if "cropped by DALI's operators" in str(w.message)]
+        assert len(said) == ("CXX" in environment) and all("/no/such/compiler" in line for line in said)
+    finally:
+        native._load.cache_clear()
+
+
+@pytest.mark.parametrize("variant", ["paper", "cifar"])
+def test_a_step_on_what_the_loader_rounds_is_a_step_on_what_autocast_rounds(variant):
+    """Nothing before the first convolution may round a second time (the cifar network scales its input)."""
+    torch.manual_seed(0)
+    network = AlexNet(10, variant, image_size=67 if variant == "paper" else 32)
+    images = torch.randn(4, 3, *[67 if variant == "paper" else 32] * 2) * 60
+    images = images.to(memory_format=torch.channels_last)
+    gradients = []
+    for batch in (images, images.bfloat16()):
+        network.zero_grad()
+        network.set_position(0, 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            network(batch).float().logsumexp(1).sum().backward()
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_images_are_of_the_type_that_the_network_takes():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert input_dtype(None, cpu) == input_dtype(None, gpu) == torch.float32
+    assert input_dtype(torch.bfloat16, cpu) == torch.bfloat16
+    assert input_dtype(torch.bfloat16, cpu, mixup=0.2) == torch.float32
+    assert input_dtype(torch.bfloat16, gpu) == input_dtype(torch.float16, gpu, mixup=0.2) == torch.float16
+
+
+def test_the_kernels_are_part_of_an_installed_package(tmp_path):
+    """Without the .cpp files an installed trainer would fail at its first batch."""
+    root, copy = Path(__file__).parents[2], tmp_path / "project"
+    copy.mkdir()
+    for name in ("base", "native", "pipeline", "model", "tools"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "train.py"):
+        shutil.copy(root / name, copy / name)
+    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, check=True)
+    (wheel,) = copy.glob("*.whl")
+    assert {"native/lrn.cpp", "native/prepare.cpp", "native/views.cpp", "native/bfloat16.h"} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_raw_record_of_another_size_is_named(dataset, raw_val, monkeypatch, fused):
+    reader, read = ShardReader(raw_val), ShardReader.read
+
+    def damaged(self, index):
+        data, label = read(self, index)
+        return (np.zeros((300, 300, 3), np.uint8) if index == 3 else data), label
+
+    monkeypatch.setattr(ShardReader, "read", damaged)
+    shard, key = reader.locate(3)
+    loader = eval_loader(reader, Preprocess.load(dataset / "train"), 8, workers=0, fused=fused)
+    with pytest.raises(DataError, match=f"{shard}, key {key.decode()}"):
+        next(loader)
+
+
+def test_a_compiler_that_hangs_is_done_without(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("ALEXNET_NATIVE", raising=False)
+    monkeypatch.setattr(native, "SECONDS_TO_BUILD", 0.2)
+    native._load.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="cropped by DALI's operators, slower: .*timed out"):
+            assert ViewCutter.of(np.zeros((1, 1, 3), np.float32), 1, torch.float32, 1) is None
+    finally:
+        native._load.cache_clear()
