@@ -56,6 +56,8 @@ def make_run(
         "variant": variant,
         "network": network.options,
         "identity": {},
+        "ema": {},
+        "watch": {},
         "classes": manifest.classes,
         "preprocess": preprocess.state_dict(),
     }
