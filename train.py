@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from model.parallel.ranks import Ranks
     from model.training.log import Log
     from model.training.state import TrainState
+    from model.training.weights import Weights
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
 
@@ -52,18 +53,18 @@ def main(config: Config) -> None:
         )
     if config.resume and not checkpoint_exists(config.folder):
         raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
-    images = check_data(config)
+    images, classes = check_data(config)
 
     from model.parallel.ranks import count_gpus, launch, under_torchrun
     from model.training.log import writing
     from model.training.weights import load_weights
 
+    weights = None
     if config.weights and not config.resume:
         weights = load_weights(config.weights)
-        config.variant, config.mean = config.variant or weights.variant, config.mean or weights.mean
-        for name in ("activation", "lrn", "stride"):
-            setattr(config, name, weights.options.get(name, getattr(config, name)))
+        config.take_network(weights.variant, weights.mean, weights.options)
     chosen = config.fill(images)
+    check_network(config, classes, weights)
     if under_torchrun():
         import torch
 
@@ -83,8 +84,8 @@ def main(config: Config) -> None:
         launch(train, config, ranks, gpu=gpus > 0)
 
 
-def check_data(config: Config) -> int:
-    """The number of training images; raises DataError where the data set cannot be trained on."""
+def check_data(config: Config) -> tuple[int, int]:
+    """The numbers of training images and classes; raises DataError where the data set cannot be trained on."""
     count = 0
     classes = {}
     for split in ("train", "val"):
@@ -101,7 +102,21 @@ def check_data(config: Config) -> int:
             f"variant {config.variant} is for images of 32 pixels, those in {config.data} have {size}: "
             "build them with --size 32, or take another --variant"
         )
-    return count
+    return count, len(classes["train"])
+
+
+def check_network(config: Config, classes: int, weights: Weights | None) -> None:
+    """Raises ModelError where the options make no network, or one that the weights do not fit."""
+    import torch
+
+    from model.alexnet import AlexNet
+    from model.training import recipe
+
+    with torch.device("meta"):  # no memory, no work
+        network = AlexNet(classes, str(config.variant), image_size=config.crop, **config.network_options)
+    recipe.check_init(str(config.init), str(config.variant))
+    if weights:
+        weights.check(network)
 
 
 def check_ranks(config: Config, ranks: int, gpus: int) -> None:
@@ -318,8 +333,8 @@ def say_guessing(log: Log, state: TrainState, losses: dict[str, float]) -> None:
         )
     log.write("guessing", epoch=state.epoch - 1, step=state.step, **losses)
     log.say(
-        f"the network only guesses after {state.step} steps: its loss of {losses['loss']:.3f} is that of always "
-        f"answering with the frequencies of the classes ({losses['guess']:.3f}); {remedy}"
+        f"the network only guesses after {state.step} steps: its training loss is {losses['loss']:.3f}, that of "
+        f"always answering with the frequencies of the classes {losses['guess']:.3f}; {remedy}"
     )
 
 

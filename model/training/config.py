@@ -308,6 +308,26 @@ class Config:
             f"schedule {self.schedule}, warm-up over {self.warmup_epochs:g} epochs"
         )
 
+    def take_network(self, variant: str, mean: str | None, options: dict[str, Any]) -> None:
+        """Take over the network of existing weights, where nothing else was given.
+
+        Args:
+            variant, options: as AlexNet has them; mean: the value of --mean, None where any does.
+        """
+        self.mean = self.mean or mean
+        if self.variant not in (None, variant):
+            return
+        self.variant = variant
+        renamed = {
+            "pool": lambda pool: ",".join(map(str, pool)),
+            "groups": str,
+            "drop_layers": sorted,
+        }
+        for option, value in options.items():
+            name = "drop_layer" if option == "drop_layers" else option
+            if getattr(self, name) == getattr(Config(), name):
+                setattr(self, name, renamed.get(option, lambda same: same)(value))
+
     @property
     def folder(self) -> Path:
         """The run's folder."""

@@ -200,13 +200,17 @@ class TrainState:
     # ---- what is read from the device at a log line
 
     def window(self, steps: int) -> dict[str, float]:
-        """Mean loss (and error) of the last `steps` steps over all ranks, and begin anew. Waits for the device."""
+        """Mean loss (and error) of the last `steps` steps over all ranks, and the loss of guessing; begin anew.
+
+        Waits for the device.
+        """
         ranks = self.ranks
         means = {"loss": ranks.sum(self.loss_sum).item() / steps / ranks.world_size}
         if self.config.train_error:
             images = steps * self.layout.batch * ranks.world_size
             means["error"] = 1 - ranks.sum(self.hits).item() / images
         self.watch.add(means["loss"], steps, ranks.sum(self.label_counts))
+        means["guess"] = self.watch.guess()
         for total in (self.loss_sum, self.hits, self.label_counts):
             total.zero_()
         return means
