@@ -318,7 +318,7 @@ class Config:
         if self.variant not in (None, variant):
             return
         self.variant = variant
-        renamed = {
+        renamed: dict[str, Callable[[Any], Any]] = {
             "pool": lambda pool: ",".join(map(str, pool)),
             "groups": str,
             "drop_layers": sorted,
@@ -326,7 +326,7 @@ class Config:
         for option, value in options.items():
             name = "drop_layer" if option == "drop_layers" else option
             if getattr(self, name) == getattr(Config(), name):
-                setattr(self, name, renamed.get(option, lambda same: same)(value))
+                setattr(self, name, renamed[option](value) if option in renamed else value)
 
     @property
     def folder(self) -> Path:
