@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click

@@ -151,7 +151,7 @@ class TrainState:
         return f"training on {where}, in {str(self.amp or torch.float32).removeprefix('torch.')}"
 
     def estimate(self, rate: float) -> str:
-        """How long an epoch and the rest of the run take at `rate` images/s, and how large the run's folder grows."""
+        """How long an epoch and the rest of the run take at `rate` images/s, and how much disk the run takes."""
         epoch = self.plan.steps_per_epoch * self.plan.global_batch
         rest = (self.end_step - self.step) * self.plan.global_batch
         files = min(self.config.keep, self.config.epochs) + 1  # and best.pt
