@@ -18,7 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline.load": {"base", "native", "pipeline"},
     "model": {"base", "native"},
     "model.parallel": {"base", "native", "model"},
-    "model.training": {"base", "native", "model", "model.parallel"},
+    # the state of a run holds the data's preprocessing and the plan of its random decisions
+    "model.training": {"base", "native", "model", "model.parallel", "pipeline", "pipeline.load"},
     "tools": {"base", "native", "pipeline", "pipeline.build", "pipeline.load", "model", "model.training",
               "model.parallel", "train"},
     "train": {"base", "native", "pipeline", "pipeline.load", "model", "model.training", "model.parallel", "tools"},
