@@ -241,6 +241,7 @@ def train(ranks: Ranks, config: Config) -> None:
                 "train",
                 epoch=epoch,
                 step=step,
+                steps=steps,
                 lr=state.optimizer.param_groups[0]["lr"],
                 images_per_s=rate,
                 data_wait=waited / seconds,

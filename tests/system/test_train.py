@@ -123,7 +123,9 @@ def test_an_epochs_loss_from_a_damaged_log(tmp_path):
     ):
         (tmp_path / "log.jsonl").write_text("".join(lines) + broken)
         log = Log(tmp_path, step=at)
-        log.write("train", epoch=0, step=at + 10, loss=1.0, images_per_s=1.0, lr=0.01, data_wait=0.0)
+        log.write(
+            "train", epoch=0, step=at + 10, steps=10, loss=1.0, images_per_s=1.0, lr=0.01, data_wait=0.0
+        )
         log.write("val", epoch=0, step=at + 10, loss=2.0, top1=0.5, top5=0.9)
         log.write("val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9)  # its training lines are lost
         log.close()
@@ -180,7 +182,7 @@ def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks, dataset, tmp_pa
     for key in theirs["model"]:
         torch.testing.assert_close(mine["model"][key], theirs["model"][key], atol=5e-5, rtol=1e-3)
     logs = [
-        [json.loads(x) for x in (o / "log.jsonl").read_text().splitlines()]
+        [json.loads(x) for x in (o / "log.jsonl").read_text().splitlines() if "guessing" not in x]
         for o in (tmp_path / "l", two_ranks)
     ]
     for key in ("step", "loss", "top1", "count"):
