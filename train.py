@@ -64,6 +64,7 @@ def main(config: Config) -> None:
     if config.weights and not config.resume:
         weights = load_weights(config.weights)
         config.take_network(weights.variant, weights.mean, weights.options)
+        check_folder(config)  # runs/VARIANT, which is known now
     chosen = config.fill(images)
     check_network(config, classes, weights)
     if under_torchrun():
@@ -81,6 +82,17 @@ def main(config: Config) -> None:
     taken = f"another train.py writes to {config.folder}: wait for it, or give another --out"
     with lock(config.folder / ".lock", taken) if first else nullcontext():
         launch(train, config, ranks, gpu=gpus > 0)
+
+
+def check_folder(config: Config) -> None:
+    """Raises ModelError where --out holds a run and none should be, or the other way round."""
+    exists = checkpoint_exists(config.folder)
+    if exists and not config.resume:
+        raise ModelError(
+            f"{config.folder} holds a run already: continue it with --resume, or give another --out"
+        )
+    if config.resume and not exists:
+        raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
 
 
 def check_data(config: Config) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import train
 from model.alexnet import AlexNet
 from model.training import checkpoint, recipe
 from model.training.checkpoint import Checkpoints
+from model.training.config import DEFAULT_INIT
 from pipeline.build.split import Options
 from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest
@@ -39,7 +40,7 @@ def make_run(
     manifest = Manifest.load(data / "train")
     preprocess = Preprocess.load(data / "train", crop, mean)
     network = AlexNet(len(manifest.classes), variant, image_size=crop, **options)
-    recipe.initialise(network, recipe.DEFAULT_INIT[variant], seed)
+    recipe.initialise(network, DEFAULT_INIT[variant], seed)
     # fresh outputs are all but equal, and whose turn it is a matter of rounding: spread them
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -21,6 +21,13 @@ from base.files import write_atomic
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GROUPS = ("Data", "Network", "Training", "Regularisation", "Speed", "Run")
+DEFAULT_INIT = {
+    "paper": "torch",
+    "owt": "torch",
+    "bn": "he",
+    "cifar-80sec": "cuda-convnet",
+    "cifar-18pct": "cuda-convnet",
+}
 OWN_DATA = 100_000  # images; below, options that are not given follow from the number of images
 
 
@@ -300,12 +307,11 @@ class Config:
         given = {name: getattr(self, name) for name in chosen if getattr(self, name) is not None}
         for name, value in {**chosen, **given}.items():
             setattr(self, name, value)
-        defaults = {"paper": "torch", "owt": "torch", "bn": "he"}
-        self.init = self.init or defaults.get(str(self.variant), "cuda-convnet")
+        self.init = self.init or DEFAULT_INIT[str(self.variant)]
         start = f"the weights of {self.weights}" if from_weights else f"{self.init}'s initial weights"
         return (
             f"{images:,} training images: {start}, batches of {self.global_batch}, rate {self.lr:g}, "
-            f"schedule {self.schedule}, warm-up over {self.warmup_epochs:g} epochs"
+            f"schedule {self.schedule}, {self.warmup_epochs:g} epoch{'s' * (self.warmup_epochs != 1)} of warm-up"
         )
 
     def take_network(self, variant: str, mean: str | None, options: dict[str, Any]) -> None:
