@@ -46,12 +46,7 @@ def main(config: Config) -> None:
         raise click.UsageError("--fall-back goes with --resume or --auto-resume")
     if config.freeze and not config.weights:
         raise click.UsageError("--freeze keeps layers of --weights as they are: give --weights too")
-    if not config.resume and checkpoint_exists(config.folder):
-        raise ModelError(
-            f"{config.folder} holds a run already: continue it with --resume, or give another --out"
-        )
-    if config.resume and not checkpoint_exists(config.folder):
-        raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
+    check_folder(config)
     images, classes = check_data(config)
 
     import torch
