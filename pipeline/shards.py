@@ -73,7 +73,10 @@ def foreign(split_dir: Path) -> str | None:
 
 
 _OWN_FOLDER = r"work|shard-\d{5,}(\..+)?"
-_OWN_FILE = r"\..*|((manifest|build)\.json|mean\.npy|crc32\.npy|(data|lock)\.mdb|shard-\d{5,}\..+)(\.tmp)?"
+_OWN_FILE = (
+    r"\..*|((manifest|build)\.json|mean\.npy|crc32\.npy|(data|lock)\.mdb|shard-\d{5,}\..+)"
+    r"(\.[0-9a-f]{16})?(\.tmp)?"
+)
 
 
 @dataclass(frozen=True)
