@@ -1,14 +1,17 @@
 """What several tests share: folders as dictionaries, waiting, and checkpoints made without a training."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+import native
 from model.alexnet import AlexNet
 from model.training import checkpoint, recipe
 from model.training.checkpoint import Checkpoints
@@ -19,6 +22,10 @@ from pipeline.shards import Manifest
 ROOT = Path(__file__).parents[1]
 OPTIONS = Options(size=64, images_per_shard=8)  # of the builds in tests
 CRASH = b"this file takes the whole process down"
+# tests of kernels are skipped without a compiler only: with one, a kernel that is missing is a failure
+needs_compiler = pytest.mark.skipif(
+    shutil.which(native.compiler()[0]) is None, reason=f"no C++ compiler ({native.compiler()[0]})"
+)
 CROP = 96  # small and quick; all three pools still fit
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import needs_compiler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,10 +25,6 @@ from pipeline.load.views import ViewCutter, ten_views
 from pipeline.preprocess import MEANS, Preprocess
 from pipeline.shards import ShardReader
 from train import input_dtype
-
-needs_compiler = pytest.mark.skipif(
-    ViewCutter.of(np.zeros((1, 1, 3), np.float32), 1, torch.float32, 1) is None, reason="no C++ compiler"
-)
 
 
 @pytest.fixture(scope="module")
