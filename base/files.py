@@ -15,6 +15,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
+from base.errors import UserError
+
 _TEMPORARY = r"\.[0-9a-f]{16}\.tmp"  # what `temporary_path` adds to a name
 
 
@@ -40,6 +42,9 @@ def read_regular(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes; see `open_regular`."""
     with open_regular(path, limit) as file:
         return file.read()
+
+
+from base.errors import UserError
 
 
 def file_sha256(path: Path) -> str:
@@ -109,19 +114,23 @@ def remove_temporary(folder: Path, names: str) -> None:
 # --- locks -------------------------------------------------------------------------------------------------
 
 
-def lock(path: Path, wait: bool = False) -> int | None:
-    """Lock a folder, or a file, which is created: until the descriptor is closed or this process ends.
+@contextmanager
+def lock(path: Path, taken: str, wait: bool = False) -> Iterator[None]:
+    """Hold a folder, or a file, which is created, for this process.
 
-    None where another process holds the lock and `wait` is false. Where the file system has no locks, a
-    descriptor that keeps nobody out: a build or a run there is better than none. On NFS only files can be locked.
+    Raises UserError with the message `taken` where another holds it, unless it is to `wait`. The kernel lets go of
+    it when the process ends, however it ends. File systems without locks are not guarded; on NFS, folders are not.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(taken) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+                raise
+        yield
+    finally:
         os.close(descriptor)
-        return None
-    except OSError:
-        pass
-    return descriptor

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import ROOT, newest, same_weights
 
 from model.training.checkpoint import Checkpoints, load
-from train import Log
+from model.training.log import Log
 
 # one small, quick network: images of 67 pixels' crop pass all three pools
 SMALL = ["--gpus", "0", "--crop", "96", "--global-batch", "16", "--workers", "0", "--log-every", "2"]
@@ -50,7 +49,9 @@ def whole(dataset, tmp_path_factory):
     """An uninterrupted run of two epochs."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     said = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
-    first, second, *_ = said.splitlines()
+    chosen, first, timing, second, *_ = said.splitlines()
+    assert chosen.startswith("96 training images: torch's initial weights, batches of 16, rate 0.01")
+    assert re.fullmatch(r"at [\d,]+ images/s an epoch takes .+ checkpoints of \d+ MB take .+", timing)
     assert re.fullmatch(r"training on 1 x \d+ CPU threads, in (float32|bfloat16)", first)
     assert f"epoch 1: train loss {epoch_losses(out)[0][0]:.3f}, val loss" in second
     return out
@@ -105,20 +106,19 @@ def test_an_epochs_loss_from_a_damaged_log(tmp_path):
         return json.dumps({"kind": kind, "epoch": epoch, "step": step, "loss": loss, **more}) + "\n"
 
     lines = [line("train", 0, 10, 5.0), line("train", 0, 20, 4.0)]
-    config = {"out": tmp_path, "progress": False, "tensorboard": False, "wandb": False}
     for broken, at, wanted in (
         ('{"kind": "tr\n', 30, [(5 + 4 + 1) / 3]),
         (line("train", 0, 10, 9.0), 20, [(5 + 4 + 1) / 3]),
     ):
         (tmp_path / "log.jsonl").write_text("".join(lines) + broken)
-        log = Log(config, SimpleNamespace(first=True), at)
-        log.write("train", epoch=0, step=at + 10, loss=1.0, images_per_s=1.0)
+        log = Log(tmp_path, step=at)
+        log.write("train", epoch=0, step=at + 10, loss=1.0, images_per_s=1.0, lr=0.01, data_wait=0.0)
         log.write("val", epoch=0, step=at + 10, loss=2.0, top1=0.5, top5=0.9)
         log.write("val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9)  # its training lines are lost
         log.close()
         rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
         assert [float(row["loss"]) for row in rows if row["loss"]] == pytest.approx(wanted)
-        assert [row["epoch"] for row in rows] == ["0", "1"] and rows[1]["val_loss"] == "2.0"
+        assert [row["epoch"] for row in rows] == ["1", "2"] and rows[1]["val_loss"] == "2.0"
 
 
 def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):
@@ -230,9 +230,9 @@ def test_a_config_repeats_its_run(whole, dataset, tmp_path):
     ]
     assert first[0] == first[1]
     (tmp_path / "bad.json").write_text('{"learning_rate": 1}')
-    assert "learning_rate" in one_line_error(run("--config", tmp_path / "bad.json", code=2))
+    assert "learning_rate" in one_line_error(run("--config", tmp_path / "bad.json", code=1))
     (tmp_path / "bad.json").write_text("lr: 1")
-    assert "no config.json" in one_line_error(run("--config", tmp_path / "bad.json", code=2))
+    assert "not a config.json" in one_line_error(run("--config", tmp_path / "bad.json", code=1))
 
 
 def test_weights_and_biases_get_every_curve(dataset, tmp_path):
@@ -251,7 +251,11 @@ def test_weights_and_biases_get_every_curve(dataset, tmp_path):
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls[0] == ["init", "w", 0.01] and calls[-1] == ["finish"]
     assert ["log", ["val/loss", "val/top1", "val/top5"], 6] in calls
-    assert ["log", ["train/data_wait", "train/images_per_s", "train/loss", "train/lr"], 2] in calls
+    assert [
+        "log",
+        ["train/data_wait", "train/guess", "train/images_per_s", "train/loss", "train/lr"],
+        2,
+    ] in calls
 
 
 def wait_for_log(out):
@@ -336,7 +340,7 @@ def test_a_damaged_config_is_not_taken_for_the_defaults(whole, dataset, tmp_path
     out.mkdir()
     os.link(Checkpoints(whole).paths()[0], out / "checkpoint-000000012.pt")
     (out / "config.json").write_text((whole / "config.json").read_text()[:99])
-    assert "config.json is damaged" in one_line_error(
+    assert "is not a config.json of a run" in one_line_error(
         run("--data", dataset, "--out", out, "--resume", code=1)
     )
 

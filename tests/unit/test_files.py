@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import base.files
+from base.errors import UserError
 from base.files import (
     atomic_file,
     file_sha256,
@@ -127,22 +128,24 @@ def test_a_lock_keeps_another_process_out_and_goes_with_its_holder(tmp_path: Pat
     path = tmp_path / name
     code = (
         "import sys; from pathlib import Path; from base.files import lock\n"
-        "print(lock(Path(sys.argv[1])) is not None, flush=True); sys.stdin.read()"
+        "with lock(Path(sys.argv[1]), ''): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
-        assert holder.stdout.readline() == "True\n"
-        assert lock(path) is None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="somebody is here"), lock(path, "somebody is here"):
+            pass
         holder.kill()
         holder.wait()
-        descriptor = lock(path)
-    assert descriptor is not None
-    assert lock(path) is None  # nor a second time in one process
-    os.close(descriptor)
-    again = lock(path, wait=True)
-    assert again is not None
-    os.close(again)
+        with (
+            lock(path, "somebody is here"),
+            pytest.raises(UserError, match="nor twice"),
+            lock(path, "nor twice in one process"),
+        ):
+            pass
+    with lock(path, "", wait=True):
+        pass
 
 
 def test_without_locks_in_the_file_system_there_is_none_to_wait_for(
@@ -152,13 +155,12 @@ def test_without_locks_in_the_file_system_there_is_none_to_wait_for(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(base.files.fcntl, "flock", flock)
-    descriptor = lock(tmp_path / "lock")
-    assert descriptor is not None
-    os.close(descriptor)
+    with lock(tmp_path / "lock", "taken"), lock(tmp_path / "lock", "taken"):
+        pass
 
 
 def test_a_planted_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match=r"[Ll]evels of symbolic links"):
-        lock(tmp_path / "lock")
+    with pytest.raises(OSError, match=r"[Ll]evels of symbolic links"), lock(tmp_path / "lock", ""):
+        pass
     assert not (tmp_path / "victim").exists()

@@ -13,7 +13,8 @@ import train
 from base.errors import ModelError
 from model.alexnet import AlexNet
 from model.parallel.ranks import Ranks
-from model.training.checkpoint import Checkpoints, load, save
+from model.training.checkpoint import Checkpoints, load
+from model.training.config import Config
 from model.training.mixup import mix
 from model.training.recipe import initialise
 from pipeline.shards import ShardReader
@@ -59,8 +60,11 @@ def recipe_files():
 
 
 def test_the_papers_recipe_is_the_defaults():
-    assert options_of("--recipe", "paper") == options_of() | {"init": "paper"}
-    assert {path.stem for path in recipe_files()} == {"paper", "owt", "bn-large-batch", "modern"}
+    """As filled in for a million images."""
+    given, recipe = (Config(**options_of(*o)) for o in ((), ("--recipe", "paper")))
+    given.fill(1_281_167)
+    recipe.fill(1_281_167)
+    assert recipe == given
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
@@ -123,15 +127,21 @@ def test_biases_of_one_follow_the_papers_numbers_where_a_layer_is_left_out():
     }  # fmt: skip
 
 
-def test_the_four_layer_network_of_figure_1():
+@pytest.mark.parametrize("variant", ["cifar-80sec", "cifar-18pct"])
+def test_the_networks_of_cuda_convnet(variant):
     """Against torch's functions alone: pools of 3 and 2 that round up, the first a maximum, the others means."""
-    net = AlexNet(10, "cifar", image_size=32)
+    net = AlexNet(10, variant, image_size=32)
     x = 50 * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     w, f = net.state_dict(), torch.nn.functional
-    assert [k for k in w if k.endswith("weight")] == [
-        "features.conv1.weight", "features.conv2.weight", "features.conv3.weight", "classifier.fc4.weight",
-    ]  # fmt: skip
-    maps = x / 64
+    hidden = ["fc64"] if variant == "cifar-80sec" else []
+    assert [k.split(".")[1] for k in w if k.endswith("weight")] == [
+        "conv1",
+        "conv2",
+        "conv3",
+        *hidden,
+        "fc10",
+    ]
+    maps = x
     for layer in (1, 2, 3):
         name = f"features.conv{layer}"
         maps = f.relu(f.conv2d(maps, w[f"{name}.weight"], w[f"{name}.bias"], padding=2))
@@ -143,11 +153,17 @@ def test_the_four_layer_network_of_figure_1():
         else:
             count = f.avg_pool2d(f.pad(torch.ones_like(maps), (0, 1, 0, 1)), 3, 2)  # mean of what is there
             maps = f.avg_pool2d(pad, 3, 2) / count
+        if not hidden and layer < 3:  # rnorm: size 3, scale 5e-5, pow 0.75, over the same map
+            squares = f.pad(maps**2, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).sum((-1, -2))
+            maps = maps / (1 + 5e-5 / 9 * squares) ** 0.75
     assert maps.shape == (2, 64, 4, 4)
-    logits = f.linear(maps.flatten(1), w["classifier.fc4.weight"], w["classifier.fc4.bias"])
+    units = maps.flatten(1)
+    for name in hidden:
+        units = f.relu(f.linear(units, w[f"classifier.{name}.weight"], w[f"classifier.{name}.bias"]))
+    logits = f.linear(units, w["classifier.fc10.weight"], w["classifier.fc10.bias"])
     torch.testing.assert_close(net(x), logits, rtol=1e-4, atol=1e-5)
     net.set_position(1, 0)  # without dropout, nothing to set
-    assert "Tanh" in str(AlexNet(10, "cifar", image_size=24, activation="tanh"))
+    assert "Tanh" in str(AlexNet(10, variant, image_size=24, activation="tanh"))
 
 
 @pytest.fixture(scope="module")
@@ -223,26 +239,9 @@ def test_a_resume_with_other_switches_is_refused(switched, dataset, tmp_path):
     assert "--ema" in run(dataset, out, "--resume", code=1).stderr
 
 
-def test_checkpoints_from_before_the_switches_still_load_and_resume(dataset, tmp_path):
-    out = tmp_path / "old"
-    run(dataset, out, "--epochs", 1)
-    path = Checkpoints(out).paths()[0]
-    state = load(path)
-    for key in ("network", "ema"):
-        del state[key]
-    del state["identity"]["network"]
-    save(path, state)
-    config = json.loads((out / "config.json").read_text())
-    new = ("activation", "groups", "lrn", "pool", "drop_layer", "stride", "label_smoothing", "mixup", "ema")
-    (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in new}))
-    assert load_run(path).step == 3
-    run(dataset, out, "--resume", "--epochs", 2)
-    assert Checkpoints(out).newest()["step"] == 6
-
-
 def test_options_that_make_no_network_are_refused_in_one_line(dataset, tmp_path):
     assert "not KERNEL,STRIDE" in run(dataset, tmp_path / "a", "--pool", "3", code=2).stderr
-    error = run(dataset, tmp_path / "b", "--variant", "cifar", "--groups", 2, code=1).stderr
-    assert "variant cifar has no groups" in error and "Traceback" not in error
+    error = run(dataset, tmp_path / "b", "--variant", "cifar-18pct", "--groups", 2, code=1).stderr
+    assert "for images of 32 pixels" in error and "Traceback" not in error
     with pytest.raises(ModelError, match="cannot drop fc6"):
         AlexNet(drop_layers=("fc6",))
