@@ -44,9 +44,6 @@ def read_regular(path: Path, limit: int) -> bytes:
         return file.read()
 
 
-from base.errors import UserError
-
-
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open_regular(path) as file:

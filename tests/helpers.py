@@ -1,6 +1,7 @@
 """What several tests share: folders as dictionaries, waiting, and checkpoints made without a training."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -101,12 +102,20 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Fail the test unless `condition` holds within so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def shared_memory_of(pid: int) -> set[str]:
+    """Names in /dev/shm that a process has mapped; others are other programs'."""
+    try:
+        return set(re.findall(r"/dev/shm/(\S+)", Path(f"/proc/{pid}/maps").read_text()))
+    except OSError:
+        return set()
 
 
 def newest(out: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 
 from base.errors import ModelError
 from base.files import atomic_file, fsync_directory, read_regular, remove_temporary, temporary_path
+from pipeline.preprocess import Preprocess
 
 DIGEST_BYTES = 64  # sha256 in hexadecimal
 MAX_BYTES = 16 << 30  # of a checkpoint; with 100,000 classes, momentum and an average it is 6 GB
@@ -90,6 +91,8 @@ def _check(state: Any) -> None:
         for entry in classes
     ):
         raise ValueError("its classes are not a list of wnids and names")
+    if "preprocess" in state:
+        Preprocess.from_state_dict(state["preprocess"])
 
 
 class Checkpoints:

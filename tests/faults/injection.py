@@ -26,7 +26,7 @@ from typing import Any
 
 import click
 import numpy as np
-from helpers import tree
+from helpers import shared_memory_of, tree
 from tqdm import tqdm
 
 from base.errors import DataError
@@ -107,7 +107,7 @@ class Command:
         """Other programs use /dev/shm too: what is this one's has to be seen while it lives."""
         self._looked = time.monotonic()
         for pid in _session(self.process.pid):
-            self.shared |= _shared_memory(pid)
+            self.shared |= shared_memory_of(pid)
 
     def text(self) -> str:
         """Standard output and error so far."""
@@ -211,14 +211,6 @@ def _session(leader: int) -> list[int]:
                 if int(fields[3]) == leader and fields[0] != b"Z":
                     found.append(int(entry.name))
     return found
-
-
-def _shared_memory(pid: int) -> set[str]:
-    """Names in /dev/shm that a process has mapped."""
-    try:
-        return set(re.findall(rf"{SHARED_MEMORY}/(\S+)", Path(f"/proc/{pid}/maps").read_text()))
-    except OSError:
-        return set()
 
 
 def count_down(number: int) -> None:

@@ -145,6 +145,8 @@ class Harm:
         {"classes": 10},
         {"classes": [{"wnid": "a", "name": 1}]},
         {"classes": [None]},
+        {"preprocess": None},
+        {"preprocess": {"size": 256, "crop": 224, "mean_mode": "none", "mean": torch.zeros(4, 4, 3)}},
         {"lr": Harm()},
     ],
     ids=lambda change: next(iter(change.items()))[0],

@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pipeline.shards
 from base.errors import DataError
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
@@ -78,7 +79,7 @@ if __name__ == "__main__":
     queue = context.Queue()
     process = context.Process(target=read, args=(reader, queue))
     process.start()
-    assert queue.get(timeout=60) == expected
+    assert queue.get(timeout=200) == expected
     process.join()
     assert contents(another) == contents(reader) == expected
 """
@@ -304,7 +305,10 @@ def test_checksums_are_checked_themselves(split: Path, damage: str) -> None:
     ShardReader(split, checksums=False).check_counts()
 
 
-def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_no_bus_error(split: Path) -> None:
+def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_no_bus_error(
+    split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.shards, "SECONDS_BETWEEN_LOOKS", 0)
     reader = ShardReader(split)
     reader.read(8)
     database = split / "shard-00001/data.mdb"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import needs_compiler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import native
@@ -36,6 +36,7 @@ def raw_val(class_folders, tmp_path_factory):
 
 
 @needs_compiler
+@settings(deadline=None)  # the first example compiles the kernel
 @given(
     size=st.integers(1, 40),
     count=st.integers(1, 5),
@@ -76,7 +77,8 @@ def test_training_batches_are_those_of_dalis_operators(dataset, mode, workers, p
         return train_loader(reader, plan, preprocess, first_step=first, end_step=first + 3, **options)
 
     # with a mean a channel DALI subtracts mean minus shift, whose rounding is another
-    same = torch.equal if mode != "channel" else lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-4)
+    exact = mode in ("pixel", "none")
+    same = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-4)
     for (a, la), (b, lb) in zip(batches(), batches(fused=False), strict=True):
         assert same(a, b) and torch.equal(la, lb)
     for fused in (True, False):
@@ -153,7 +155,7 @@ resource.setrlimit(resource.RLIMIT_AS, (size + (20 << 20),) * 2)  # room for two
 assert cut(*arguments).eq(7).all()
 """
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=200)
 
 
 @needs_compiler
