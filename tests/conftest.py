@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers import ROOT
 
 import pipeline.load.readers
 from pipeline.build.sources import open_source
@@ -81,10 +82,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is one."""
+    """Tests in tests/system are slow ones; those marked `gpu` are skipped where there is none."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+    without_gpu = not torch.cuda.is_available()
+    for item in items:
+        if ROOT / "tests/system" in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+        if without_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))

@@ -1,7 +1,6 @@
 """What several tests share: folders as dictionaries, waiting, and checkpoints made without a training."""
 
 import json
-import re
 import shutil
 import signal
 import time
@@ -19,6 +18,7 @@ import train
 from model.alexnet import AlexNet
 from model.training import checkpoint, recipe
 from model.training.checkpoint import Checkpoints
+from model.training.config import DEFAULT_INIT
 from pipeline.build.split import Options
 from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest
@@ -47,7 +47,7 @@ def make_run(
     manifest = Manifest.load(data / "train")
     preprocess = Preprocess.load(data / "train", crop, mean)
     network = AlexNet(len(manifest.classes), variant, image_size=crop, **options)
-    recipe.initialise(network, recipe.DEFAULT_INIT[variant], seed)
+    recipe.initialise(network, DEFAULT_INIT[variant], seed)
     # fresh outputs are all but equal, and whose turn it is a matter of rounding: spread them
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -108,14 +108,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-
-
-def shared_memory_of(pid: int) -> set[str]:
-    """Names in /dev/shm that a process has mapped; others are other programs'."""
-    try:
-        return set(re.findall(r"/dev/shm/(\S+)", Path(f"/proc/{pid}/maps").read_text()))
-    except OSError:
-        return set()
 
 
 def newest(out: Path) -> dict[str, Any]:

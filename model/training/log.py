@@ -2,8 +2,8 @@
 
 log.jsonl has one JSON object a line, its `kind` one of
 
-    train     a window of steps: loss, guess (the loss of always answering with the frequencies of the labels
-              of this epoch so far), lr, images_per_s, data_wait, and error with --train-error
+    train     a window of so many steps: loss, guess (the loss of always answering with the frequencies of this
+              epoch's labels), lr, images_per_s, data_wait, and error with --train-error
     val       an epoch's validation: loss, top1, top5, count
     guessing  the network has not learnt: loss, guess
 
@@ -68,9 +68,11 @@ def epochs_of(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     steps, before, last = 0, 0, dict[str, Any]()
     for entry in entries:
         if entry["kind"] == "train":
+            if entry["step"] <= before:
+                continue  # of a file that somebody put together
             if last.get("epoch") != entry["epoch"]:
                 sums, steps = dict.fromkeys(sums, 0.0), 0
-            new, before, last = entry["step"] - before, entry["step"], entry
+            new, before, last = entry.get("steps", entry["step"] - before), entry["step"], entry
             steps += new
             for key in sums:
                 sums[key] += entry.get(key, math.nan) * new
@@ -142,7 +144,9 @@ class Log:
             self.jsonl.flush()
             if kind == "val":
                 self._write_table()
-        curves = {f"{kind}/{k}": v for k, v in entry.items() if k not in ("kind", "epoch", "step", "count")}
+        curves = {
+            f"{kind}/{k}": v for k, v in entry.items() if k not in ("kind", "epoch", "step", "steps", "count")
+        }
         if self.tensorboard:
             for name, value in curves.items():
                 self.tensorboard.add_scalar(name, value, entry["step"])

@@ -114,6 +114,7 @@ def _two_ranks(ranks, config):
         torch.save(results, out)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_images_and_count_each_once(runs, dataset, tmp_path):
     launch(_two_ranks, (runs[1], dataset, tmp_path / "two.pt"), 2, gpu=False)
     logp, labels = torch.load(tmp_path / "two.pt")

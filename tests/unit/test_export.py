@@ -66,6 +66,7 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, tmp_path):
     assert (preprocess["size"], preprocess["crop"], preprocess["mean_mode"]) == (256, CROP, "pixel")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["owt", "bn"])
 def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
     for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -74,6 +75,7 @@ def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
     invoke(path, "--onnx", tmp_path / "a.onnx")  # checks itself
 
 
+@pytest.mark.slow
 def test_an_onnx_file_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch):
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
@@ -92,6 +94,7 @@ def test_safetensors_hold_the_state_dict(run, tmp_path):
         assert json.loads(file.metadata()["preprocess"])["crop"] == CROP
 
 
+@pytest.mark.slow
 def test_torchvision_loads_owt_and_computes_the_same(owt, tmp_path):
     said = invoke(owt, "--torchvision", tmp_path / "tv.pth").stdout
     theirs = torchvision.models.alexnet(num_classes=4).eval()
@@ -113,6 +116,7 @@ def test_torchvision_has_no_network_with_other_options(dataset, tmp_path):
     assert "trained with activation tanh" in done.output and not (tmp_path / "tv.pth").exists()
 
 
+@pytest.mark.slow
 def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset, tmp_path):
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(num_classes=4).eval()
@@ -129,6 +133,7 @@ def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset, tmp_
         torch.testing.assert_close(trained.network(ours), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_there_and_back_is_the_same_network(owt, dataset, tmp_path):
     invoke(owt, "--torchvision", tmp_path / "tv.pth")
     before = load_run(owt)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import shared_memory_of
+from faults.processes import shared_memory_of
 
 from base.errors import DataError
 from pipeline.build.sources import open_source

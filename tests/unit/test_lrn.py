@@ -221,6 +221,7 @@ def test_the_environment_can_turn_the_kernel_off(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_processes_that_build_at_once_leave_one_library(tmp_path):
     script = "import torch; from model.lrn import LRN; LRN(backend='native')(torch.ones(1, 5, 1, 1))"
