@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from faults.processes import shared_memory_of
 from helpers import ROOT, newest, same_weights
 
 from model.training.checkpoint import Checkpoints, load
@@ -403,6 +404,9 @@ def test_no_process_outlives_a_run(dataset, tmp_path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "k" / "log.jsonl").exists():
         time.sleep(0.05)
+    group = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
+    shared = set.union(*(shared_memory_of(int(pid)) for pid in group))
+    assert len(group) > 1 and shared
     process.kill()  # no chance to tidy up: DALI's readers must notice by themselves
     process.wait()
     for _ in range(100):
@@ -411,4 +415,4 @@ def test_no_process_outlives_a_run(dataset, tmp_path):
             break
         time.sleep(0.1)
     assert not left
-    assert not any(str(process.pid) in entry.name for entry in Path("/dev/shm").iterdir())
+    assert not shared & {path.name for path in Path("/dev/shm").iterdir()}
