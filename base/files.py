@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from base.errors import UserError
 
 
 def file_sha256(path: Path) -> str:
@@ -31,3 +37,23 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     fsync_directory(path.parent)
+
+
+@contextmanager
+def lock(path: Path, taken: str) -> Iterator[None]:
+    """Hold the file `path` for this process; raises UserError with the message `taken` where another holds it.
+
+    The kernel lets go of it when the process ends, however it ends. File systems without locks are not guarded.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(taken) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+        yield
+    finally:
+        os.close(descriptor)

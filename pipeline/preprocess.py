@@ -14,7 +14,8 @@ from torch import Tensor
 from base.errors import DataError
 from pipeline.shards import Manifest, ShardReader
 
-MEANS = ("pixel", "channel", "none")
+MEANS = ("pixel", "channel", "imagenet", "none")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1: what torchvision's networks are trained with
 _DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
 
@@ -40,8 +41,10 @@ class Preprocess:
         if mean_mode == "pixel":
             mean = manifest.load_mean(train_dir)
         elif mean_mode in MEANS:
-            level = manifest.channel_mean if mean_mode == "channel" else (0, 0, 0)
-            mean = np.tile(np.array(level, np.float32), (manifest.size, manifest.size, 1))
+            level = {"channel": manifest.channel_mean, "imagenet": 255 * np.array(IMAGENET_MEAN)}
+            mean = np.tile(
+                np.array(level.get(mean_mode, (0, 0, 0)), np.float32), (manifest.size, manifest.size, 1)
+            )
         else:
             raise DataError(f"mean is {mean_mode!r}: use one of {', '.join(MEANS)}")
         basis = 255 * np.array(manifest.pca_eigenvectors) * np.array(manifest.pca_eigenvalues)

@@ -36,13 +36,13 @@ from model.lrn import LRN
 from model.parallel.layouts import Layout
 from model.parallel.ranks import Ranks, launch
 from model.training import recipe
+from model.training.precision import amp_dtype, input_dtype
 from pipeline.build.images import RejectedError, encode_bgr, prepare_bgr
 from pipeline.load.loader import Loader, train_loader
 from pipeline.load.plan import Plan
 from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest, ShardReader
 from tools.peers import import_torchvision
-from train import amp_dtype, input_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("build", "read", "load", "lrn", "step", "train", "ranks", "scale")
@@ -483,7 +483,7 @@ def bench_step(bench: Bench) -> Iterator[Row]:
     """The paper's step against the matrix-product rate; without LRN; and torchvision's alexnet."""
     images, labels = held_batch(bench.batch, bench.device)
     network = AlexNet()
-    recipe.initialise(network)
+    recipe.initialise(network, "torch")
     work = flops(network, images.float().cpu())
     ours, plain = Step(bench, network), Step(bench, AlexNet(lrn=False))
     peer = Step(bench, import_torchvision().models.alexnet())
@@ -517,7 +517,7 @@ def bench_step(bench: Bench) -> Iterator[Row]:
 def bench_train(bench: Bench) -> Iterator[Row]:
     """Training from shards against training on one batch held in memory."""
     network = AlexNet()
-    recipe.initialise(network)
+    recipe.initialise(network, "torch")
     step = Step(bench, network)
     images, labels = held_batch(bench.batch, bench.device)
 
@@ -646,7 +646,7 @@ def time_layouts(ranks: Ranks, config: dict[str, Any]) -> None:
 
     def contestant(kind: str, compress: bool) -> Callable[[], None]:
         network = AlexNet()
-        recipe.initialise(network)
+        recipe.initialise(network, "torch")
         network = network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         layout = Layout(network, kind, ranks, batch)
         optimizer, forward = recipe.build_optimizer(network), layout.distribute(True, compress)

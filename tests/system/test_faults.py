@@ -21,6 +21,7 @@ from helpers import ROOT, tree
 import pipeline.build.split
 from base.errors import DataError, ModelError
 from model.training.checkpoint import Checkpoints, load
+from model.training.precision import check_scale
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
 from pipeline.build.workers import Crashed, WorkerPool
@@ -29,7 +30,6 @@ from pipeline.load.plan import Plan
 from pipeline.load.readers import check_shared_memory, death
 from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest, ShardReader
-from train import check_scale
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_what_cannot_be_laid_out_is_said():
     with pytest.raises(ModelError, match="do not divide into 3 ranks"):
         Layout(AlexNet(2, image_size=SIZE), "hybrid", Ranks(0, 3, 0, 3), 9)
     with pytest.raises(ModelError, match="here are none"):
-        Layout(AlexNet(2, "cifar", image_size=24), "hybrid", Ranks(0, 2, 0, 2), BATCH)
+        Layout(AlexNet(2, "cifar-18pct", image_size=24), "hybrid", Ranks(0, 2, 0, 2), BATCH)
     with pytest.raises(ModelError, match="choose one of"):
         Layout(AlexNet(2, image_size=SIZE), "pipeline", Ranks(), BATCH)
 
