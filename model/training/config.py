@@ -308,6 +308,26 @@ class Config:
             f"schedule {self.schedule}, warm-up over {self.warmup_epochs:g} epochs"
         )
 
+    def take_network(self, variant: str, mean: str | None, options: dict[str, Any]) -> None:
+        """Take over the network of existing weights, where nothing else was given.
+
+        Args:
+            variant, options: as AlexNet has them; mean: the value of --mean, None where any does.
+        """
+        self.mean = self.mean or mean
+        if self.variant not in (None, variant):
+            return
+        self.variant = variant
+        renamed: dict[str, Callable[[Any], Any]] = {
+            "pool": lambda pool: ",".join(map(str, pool)),
+            "groups": str,
+            "drop_layers": sorted,
+        }
+        for option, value in options.items():
+            name = "drop_layer" if option == "drop_layers" else option
+            if getattr(self, name) == getattr(Config(), name):
+                setattr(self, name, renamed[option](value) if option in renamed else value)
+
     @property
     def folder(self) -> Path:
         """The run's folder."""
@@ -341,6 +361,27 @@ class Config:
     def drop_epochs(self) -> tuple[int, ...]:
         """--milestones as numbers."""
         return tuple(int(epoch) for epoch in self.milestones.split(",") if epoch)
+
+    def check_ranks(self, ranks: int, gpus: int) -> None:
+        """Raises UsageError where options do not go with each other or with the number of ranks."""
+        assert self.global_batch
+        if gpus and self.cpu_ranks > 1:
+            raise click.UsageError("--cpu-ranks goes with --gpus 0")
+        if self.global_batch % (ranks * self.accumulate):
+            raise click.UsageError(
+                f"--global-batch {self.global_batch} does not divide into {ranks} ranks "
+                f"x --accumulate {self.accumulate}"
+            )
+        if self.layout != "data" and self.compiled:
+            raise click.UsageError("--compile goes with --layout data")
+        if self.compress and ranks == 1:
+            raise click.UsageError("--compress is for several ranks: there is one")
+        if self.compress and self.layout == "towers":
+            raise click.UsageError("--layout towers averages no gradients: leave --compress out")
+        if self.mixup and self.global_batch // (ranks * self.accumulate) % 2:
+            raise click.UsageError(
+                "--mixup blends pairs: --global-batch has to leave each rank and part an even batch"
+            )
 
     # ---- config.json
 
@@ -457,7 +498,7 @@ def _resume(config: Config) -> None:
     saved = _read(path, context.command)
     for f in fields(Config):
         name, resumable = f.name, f.metadata["resumable"]
-        if name in OF_THIS_START - {"wandb"}:
+        if name in OF_THIS_START:
             continue
         source = context.get_parameter_source(name)
         # of a recipe or another run's config.json, what may be changed is not meant to

@@ -1,8 +1,13 @@
 """A run's log: log.jsonl and what is made from it. One writer, one reader.
 
-log.jsonl has one JSON object a line. `kind` "train": a window of steps (loss, lr, images_per_s, data_wait, with
---train-error also error); "val": an epoch's validation (loss, top1, top5, count); "guessing": the network has not
-learnt (loss, guess). `epoch` counts complete epochs from 0, `step` steps from 1.
+log.jsonl has one JSON object a line, its `kind` one of
+
+    train     a window of steps: loss, guess (the loss of always answering with the frequencies of the labels
+              of this epoch so far), lr, images_per_s, data_wait, and error with --train-error
+    val       an epoch's validation: loss, top1, top5, count
+    guessing  the network has not learnt: loss, guess
+
+`epoch` counts complete epochs from 0, `step` steps from 1.
 """
 
 from __future__ import annotations

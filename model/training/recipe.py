@@ -84,8 +84,7 @@ def initialise(model: nn.Module, scheme: str, seed: int = 0) -> None:
     Raises:
         ModelError: an unknown scheme, or cuda-convnet's for a network other than its own two.
     """
-    if scheme not in INITS:
-        raise ModelError(f"init is {scheme!r}: use one of {', '.join(INITS)}")
+    check_init(scheme, getattr(model, "variant", ""))
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     convolutions = sum(isinstance(m, nn.Conv2d) for m in layers)
     # by the paper's numbers, also where a layer is left out
@@ -93,10 +92,6 @@ def initialise(model: nn.Module, scheme: str, seed: int = 0) -> None:
     linears = len(layers) - convolutions
     names = [f"conv{n}" for n in numbers] + ["hidden"] * (linears - 1)
     names += ["last of one" if linears == 1 and scheme == "cuda-convnet" else "last"] * (linears > 0)
-    if scheme == "cuda-convnet" and not getattr(model, "variant", "").startswith("cifar"):
-        raise ModelError(
-            "--init cuda-convnet is for the variants cifar-80sec and cifar-18pct: use cuda-convnet2"
-        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, layer in zip(names, layers, strict=True):
@@ -107,6 +102,16 @@ def initialise(model: nn.Module, scheme: str, seed: int = 0) -> None:
             layer.weight.normal_(0, start.std)
             if layer.bias is not None:
                 layer.bias.fill_(start.bias)
+
+
+def check_init(scheme: str, variant: str) -> None:
+    """Raises ModelError for an unknown scheme, or cuda-convnet's for a network other than its own two."""
+    if scheme not in INITS:
+        raise ModelError(f"init is {scheme!r}: use one of {', '.join(INITS)}")
+    if scheme == "cuda-convnet" and not variant.startswith("cifar"):
+        raise ModelError(
+            "--init cuda-convnet is for the variants cifar-80sec and cifar-18pct: use cuda-convnet2"
+        )
 
 
 # --- optimiser -----------------------------------------------------------------------------------------------

@@ -31,12 +31,8 @@ class Weights:
     options: dict[str, Any] = field(default_factory=dict)
     mean: str | None = None
 
-    def into(self, network: nn.Module) -> str:
-        """Copy what fits into `network`; returns in one line what was done.
-
-        Layers whose shape differs, such as the last with other classes, keep their initial weights. Raises
-        ModelError where a convolution does not fit: then it is another network.
-        """
+    def check(self, network: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+        """The tensors that fit into `network`, and its layers that have none; raises ModelError as `into` does."""
         own = network.state_dict()
         fits = {name: t for name, t in self.state.items() if name in own and own[name].shape == t.shape}
         anew = sorted({name.rpartition(".")[0] for name in own.keys() - fits.keys()})
@@ -45,7 +41,16 @@ class Weights:
                 f"{self.path} holds weights of another network ({', '.join(anew[:3])} do not fit): "
                 f"leave --variant and the options of the network out, or give other --weights"
             )
-        network.load_state_dict({**own, **fits})
+        return fits, anew
+
+    def into(self, network: nn.Module) -> str:
+        """Copy what fits into `network`; returns in one line what was done.
+
+        Layers whose shape differs, such as the last with other classes, keep their initial weights. Raises
+        ModelError where a convolution does not fit: then it is another network.
+        """
+        fits, anew = self.check(network)
+        network.load_state_dict({**network.state_dict(), **fits})
         layers = {name.rpartition(".")[0] for name in fits}
         return f"{len(layers)} layers from {self.path}" + (f", {', '.join(anew)} anew" if anew else "")
 

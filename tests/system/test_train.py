@@ -242,7 +242,11 @@ def test_weights_and_biases_get_every_curve(dataset, tmp_path):
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls[0] == ["init", "w", 0.01] and calls[-1] == ["finish"]
     assert ["log", ["val/loss", "val/top1", "val/top5"], 6] in calls
-    assert ["log", ["train/data_wait", "train/images_per_s", "train/loss", "train/lr"], 2] in calls
+    assert [
+        "log",
+        ["train/data_wait", "train/guess", "train/images_per_s", "train/loss", "train/lr"],
+        2,
+    ] in calls
 
 
 def wait_for_log(out):
