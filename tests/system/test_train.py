@@ -12,36 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from faults.processes import shared_memory_of
-from helpers import ROOT, newest, same_weights
+from helpers import ROOT, newest, same_weights, train_command, train_error
+from helpers import run_train as run
 
 from model.training.checkpoint import Checkpoints, load
 from model.training.log import Log
-from train import main
 
 # one small, quick network: images of 67 pixels' crop pass all three pools
 SMALL = ["--gpus", "0", "--crop", "96", "--global-batch", "16", "--workers", "0", "--log-every", "2"]
 SMALL += ["--no-progress", "--no-tensorboard", "--decode-threads", "1"]
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-
-
-def run(*arguments, code=0):
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def error_of(*arguments, code=1):
-    """The one line that a wrong command line or a run that cannot begin prints; in this process."""
-    done = CliRunner().invoke(main, list(map(str, arguments)))
-    assert done.exit_code == code, (done.output, done.exception)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
 
 
 def epoch_losses(out):
@@ -88,7 +68,7 @@ def test_a_run_leaves_checkpoints_log_metrics_and_config(whole, dataset):
 def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path):
     out = tmp_path / "stopped"
     arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(train_command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for_log(out)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
@@ -139,7 +119,7 @@ def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):
     out = tmp_path / "ranks"
     arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
     process = subprocess.Popen(
-        command(*arguments, "--cpu-ranks", 2),
+        train_command(*arguments, "--cpu-ranks", 2),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -198,7 +178,7 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(two_ranks, dataset, tm
     launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
     options = ["--data", dataset, "--out", out, "--epochs", 2, "--amp", "off", "--save-every", 2, *SMALL]
     process = subprocess.Popen(
-        [*launcher, *command(*options, "--auto-resume")[1:]],
+        [*launcher, *train_command(*options, "--auto-resume")[1:]],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -244,9 +224,9 @@ def test_a_config_repeats_its_run(whole, dataset, tmp_path):
     ]
     assert first[0] == first[1]
     (tmp_path / "bad.json").write_text('{"learning_rate": 1}')
-    assert "learning_rate" in error_of("--config", tmp_path / "bad.json")
+    assert "learning_rate" in train_error("--config", tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text("lr: 1")
-    assert "not a config.json" in error_of("--config", tmp_path / "bad.json")
+    assert "not a config.json" in train_error("--config", tmp_path / "bad.json")
 
 
 def test_weights_and_biases_get_every_curve(dataset, tmp_path):
@@ -260,7 +240,7 @@ def test_weights_and_biases_get_every_curve(dataset, tmp_path):
         f"def note(what):\n    open({str(tmp_path / 'calls')!r}, 'a').write(json.dumps(what) + '\\n')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    arguments = command("--data", dataset, "--out", tmp_path / "w", "--epochs", 1, "--wandb", *SMALL)
+    arguments = train_command("--data", dataset, "--out", tmp_path / "w", "--epochs", 1, "--wandb", *SMALL)
     subprocess.run(arguments, env=environment, check=True, cwd=ROOT, timeout=200)
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls[0] == ["init", "w", 0.01] and calls[-1] == ["finish"]
@@ -290,35 +270,35 @@ def one_line_error(done):
 
 def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
     data = ["--data", dataset]
-    error = error_of("--data", tmp_path / "none", *SMALL)
+    error = train_error("--data", tmp_path / "none", *SMALL)
     assert "no data set" in error and "build_lmdb.py" in error
-    error = error_of(*data, "--out", whole, *SMALL)
+    error = train_error(*data, "--out", whole, *SMALL)
     assert "--resume" in error and str(whole) in error
-    error = error_of(*data, "--out", whole, "--resume", "--variant", "bn", *SMALL)
+    error = train_error(*data, "--out", whole, "--resume", "--variant", "bn", *SMALL)
     assert "variant paper, not bn" in error
-    error = error_of(*data, "--out", whole, "--resume", "--weight-decay", "0.1", *SMALL)
+    error = train_error(*data, "--out", whole, "--resume", "--weight-decay", "0.1", *SMALL)
     assert "weight_decay 0.0005, not 0.1" in error
-    error = error_of(*data, "--out", whole, "--auto-resume", "--recipe", "owt", *SMALL)
+    error = train_error(*data, "--out", whole, "--auto-resume", "--recipe", "owt", *SMALL)
     assert "the run in" in error and "leave that option out" in error
-    error = error_of(*data, "--out", tmp_path / "c", "--fall-back", *SMALL, code=2)
+    error = train_error(*data, "--out", tmp_path / "c", "--fall-back", *SMALL, code=2)
     assert "--resume" in error
     (tmp_path / "file").touch()
-    error = error_of(*data, "--out", tmp_path / "file", *SMALL)
+    error = train_error(*data, "--out", tmp_path / "file", *SMALL)
     assert "cannot write" in error
-    error = error_of(*data, "--out", tmp_path / "new", "--resume", *SMALL)
+    error = train_error(*data, "--out", tmp_path / "new", "--resume", *SMALL)
     assert "no checkpoint" in error
-    error = error_of(*data, "--out", tmp_path / "b", *SMALL, "--global-batch", 4096)
+    error = train_error(*data, "--out", tmp_path / "b", *SMALL, "--global-batch", 4096)
     assert "fewer than one global batch" in error
-    error = error_of(*data, "--out", tmp_path / "c", *SMALL, "--cpu-ranks", 3, code=2)
+    error = train_error(*data, "--out", tmp_path / "c", *SMALL, "--cpu-ranks", 3, code=2)
     assert "does not divide" in error
     towers = ["--cpu-ranks", 2, "--layout", "towers"]
-    error = error_of(*data, "--out", tmp_path / "c", *SMALL, *towers, "--compile", code=2)
+    error = train_error(*data, "--out", tmp_path / "c", *SMALL, *towers, "--compile", code=2)
     assert "--layout data" in error
-    error = error_of(*data, "--out", tmp_path / "c", *SMALL, "--compress", code=2)
+    error = train_error(*data, "--out", tmp_path / "c", *SMALL, "--compress", code=2)
     assert "several ranks" in error
-    error = error_of(*data, "--out", tmp_path / "d", *SMALL, "--gpus", 99)
+    error = train_error(*data, "--out", tmp_path / "d", *SMALL, "--gpus", 99)
     assert "99" in error
-    error = error_of(*data, "--out", tmp_path / "e", *SMALL, "--crop", 20)
+    error = train_error(*data, "--out", tmp_path / "e", *SMALL, "--crop", 20)
     assert "20" in error
 
 
@@ -329,7 +309,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(whole, dataset, tmp_path):
     content = bytearray(newest_path.read_bytes())
     content[len(content) // 2] ^= 1
     (damaged / newest_path.name).write_bytes(content)
-    error = error_of("--data", dataset, "--out", damaged, "--resume", *SMALL)
+    error = train_error("--data", dataset, "--out", damaged, "--resume", *SMALL)
     assert newest_path.name in error and "damaged" in error
 
 
@@ -343,7 +323,7 @@ def test_falling_back_on_the_checkpoint_before_changes_nothing(whole, dataset, t
     content[len(content) // 3] ^= 1
     (out / paths[0].name).unlink()
     (out / paths[0].name).write_bytes(content)
-    assert "--fall-back" in error_of("--data", dataset, "--out", out, "--resume")
+    assert "--fall-back" in train_error("--data", dataset, "--out", out, "--resume")
     done = run("--data", dataset, "--out", out, "--resume", "--fall-back")
     assert "passed over" in done.stdout and paths[0].name in done.stdout
     assert same_weights(newest(out), newest(whole))
@@ -354,7 +334,7 @@ def test_a_damaged_config_is_not_taken_for_the_defaults(whole, dataset, tmp_path
     out.mkdir()
     os.link(Checkpoints(whole).paths()[0], out / "checkpoint-000000012.pt")
     (out / "config.json").write_text((whole / "config.json").read_text()[:99])
-    assert "is not a config.json of a run" in error_of("--data", dataset, "--out", out, "--resume")
+    assert "is not a config.json of a run" in train_error("--data", dataset, "--out", out, "--resume")
 
 
 def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
@@ -380,7 +360,7 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset, tmp_path):
     out = tmp_path / "c"
     arguments = ["--data", dataset, "--out", out, "--epochs", 50, *SMALL, "--workers", "1"]
     process = subprocess.Popen(
-        command(*arguments),
+        train_command(*arguments),
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -397,7 +377,9 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset, tmp_path):
 
 def test_no_process_outlives_a_run(dataset, tmp_path):
     process = subprocess.Popen(
-        command("--data", dataset, "--out", tmp_path / "k", "--epochs", 50, *SMALL[:-2], "--workers", "1"),
+        train_command(
+            "--data", dataset, "--out", tmp_path / "k", "--epochs", 50, *SMALL[:-2], "--workers", "1"
+        ),
         cwd=ROOT,
         start_new_session=True,
     )
