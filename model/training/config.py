@@ -216,7 +216,7 @@ class Config:
     )
     cpu_ranks: int = opt("Speed", "Processes on the CPU (with --gpus 0).", 1, type=COUNT, resumable=True)
     layout: str = opt(
-        "Speed", "How the network is split across ranks; auto: hybrid where it sends fewer bytes than data.", "auto",
+        "Speed", "How the network is split across ranks; auto: hybrid where that sends less than data.", "auto",
         type=click.Choice(["auto", "data", "hybrid", "towers"]), resumable=True,
     )  # fmt: skip
     compress: bool = opt(
