@@ -278,6 +278,7 @@ def test_ctrl_c_while_unpacking_is_interrupted_like_a_build(batches, tmp_path, m
     assert [c["wnid"] for c in ShardReader(out / "train").manifest.classes] == NAMES
 
 
+@pytest.mark.slow
 def test_the_papers_network_trains_on_small_images_with_a_stride_of_1(batches, tmp_path):
     source, data = binary_version(tmp_path / "cifar-10-binary.tar.gz", batches), tmp_path / "d"
     arguments = [str(source), str(data), "--size", "32", "--encoding", "png", "--workers", "1"]

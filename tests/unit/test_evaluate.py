@@ -19,6 +19,7 @@ from helpers import CROP, make_run, softmax
 from model.parallel.ranks import Ranks, launch
 from model.training import checkpoint
 from model.training.evaluation import evaluate as evaluate_in_training
+from model.training.evaluation import log_probabilities
 from pipeline.load.loader import eval_loader
 from pipeline.preprocess import stored_image
 from pipeline.shards import Manifest, ShardReader
@@ -122,6 +123,7 @@ def _two_ranks(ranks, config):
         out.write_bytes(pickle.dumps(results))
 
 
+@pytest.mark.slow
 def test_ranks_share_the_images_and_count_each_once(runs, dataset, tmp_path):
     launch(_two_ranks, (runs, dataset, tmp_path / "two"), 2, gpu=False)
     two = pickle.loads((tmp_path / "two").read_bytes())
@@ -255,6 +257,26 @@ def test_what_is_wrong_is_said_in_one_line(runs, dataset, tmp_path):
     assert "cannot write" in error
     error = one_line(invoke(runs[0], "--data", dataset, "--confusion", tmp_path / "c.xyz", code=1))
     assert "c.png" in error
+
+
+@pytest.mark.parametrize(("amp", "expected"), [(None, (False, "highest")), (torch.bfloat16, (True, "high"))])
+def test_without_amp_a_gpu_computes_in_float32_and_not_in_tf32(amp, expected):
+    def precision():
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            seen.append(precision())
+            return x.flatten(1)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        log_probabilities(Network(), torch.ones(2, 3, 1, 1), amp)
+        assert seen == [expected] and precision() == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.gpu

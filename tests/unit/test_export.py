@@ -106,6 +106,7 @@ def test_the_script_in_docs_agrees_with_predict(
             assert float(chance) == pytest.approx(guess["probability"], abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["owt", "bn"])
 def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
     for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -114,6 +115,7 @@ def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
     invoke(path, "--onnx", tmp_path / "a.onnx")  # checks itself
 
 
+@pytest.mark.slow
 def test_an_onnx_file_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch):
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
@@ -133,6 +135,7 @@ def test_safetensors_hold_the_state_dict(run, tmp_path):
         assert "centre crop" in file.metadata()["preprocess_text"]
 
 
+@pytest.mark.slow
 def test_torchvision_loads_owt_and_computes_the_same(owt, tmp_path):
     said = invoke(owt, "--torchvision", tmp_path / "tv.pth").stdout
     theirs = torchvision.models.alexnet(num_classes=4).eval()
@@ -154,6 +157,7 @@ def test_torchvision_has_no_network_with_other_options(dataset, tmp_path):
     assert "trained with activation tanh" in done.output and not (tmp_path / "tv.pth").exists()
 
 
+@pytest.mark.slow
 def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset, tmp_path):
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(num_classes=4).eval()
@@ -190,6 +194,7 @@ def test_imagenets_class_names_come_with_torchvision():
     assert names[:2] == ["tench", "goldfish"] and names[999] == "toilet tissue" and len(names) == 1000
 
 
+@pytest.mark.slow
 def test_there_and_back_is_the_same_network(owt, dataset, tmp_path):
     invoke(owt, "--torchvision", tmp_path / "tv.pth")
     before = load_run(owt)

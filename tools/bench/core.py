@@ -21,8 +21,8 @@ import click
 import torch
 
 from base.machine import cpu_threads
+from model.training.precision import amp_dtype, input_dtype
 from pipeline.shards import Manifest
-from train import amp_dtype, input_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_IMAGES = 16_000  # at least, where a build is timed: its start then counts for little, as with ImageNet

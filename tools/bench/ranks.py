@@ -9,16 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from model.alexnet import AlexNet
-from model.parallel.layouts import Layout
 from model.parallel.ranks import Ranks, launch
-from model.training import recipe
+from model.training.step import train_step
 from tools.bench.core import Bench, Row
-from tools.bench.step import held_batch
-from train import amp_dtype
+from tools.bench.step import held_batch, started
 
 # name, layout, whether gradients are sent as bfloat16
 LAYOUT_CASES = [
@@ -48,26 +44,13 @@ def sent(kind: str, compress: bool, ranks: int, batch: int, width: int) -> float
 
 def time_layouts(ranks: Ranks, config: dict[str, Any]) -> None:
     """One rank's steps of each layout in turns, on one held batch; the first rank writes the seconds of each."""
-    amp, batch = amp_dtype("auto", ranks.device), config["batch"]
+    batch = config["batch"]
     images, labels = held_batch(batch, ranks.device)
 
     def contestant(kind: str, compress: bool) -> Callable[[], None]:
-        network = AlexNet()
-        recipe.initialise(network)
-        network = network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        layout = Layout(network, kind, ranks, batch)
-        optimizer, forward = recipe.build_optimizer(network), layout.distribute(True, compress)
-        own = slice(layout.first_row, layout.first_row + layout.batch)
-
-        def step() -> None:
-            network.set_position(0, layout.first_row)
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(ranks.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                loss = F.cross_entropy(forward(images[own]).float(), labels[own])
-            loss.backward()
-            optimizer.step()
-
-        return step
+        state = started(ranks, batch, layout=kind, compress=compress)
+        own = slice(state.layout.first_row, state.layout.first_row + state.layout.batch)
+        return lambda: train_step(state, images[own], labels[own])
 
     steps = [
         contestant(kind, compress) for _, kind, compress in LAYOUT_CASES[: 4 if ranks.world_size == 2 else 3]

@@ -10,16 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from model.alexnet import AlexNet
 from model.lrn import LRN
+from model.parallel.ranks import Ranks
 from model.training import recipe
+from model.training.config import Config
+from model.training.precision import amp_dtype, input_dtype
+from model.training.state import TrainState
+from model.training.step import train_step
+from pipeline.load.plan import Plan
+from pipeline.preprocess import Preprocess
 from tools.bench.core import Bench, Row
 from tools.bench.load import loader
 from tools.bench.reference import import_torchvision
-from train import amp_dtype, input_dtype
 
 
 def bench_lrn(bench: Bench) -> Iterator[Row]:
@@ -60,8 +67,28 @@ def bench_lrn(bench: Bench) -> Iterator[Row]:
         )  # fmt: skip
 
 
-class Step:
-    """One training step, forward, backward and update, on batches as they come."""
+def started(ranks: Ranks, batch: int, **options: Any) -> TrainState:
+    """A training of the paper's network on a thousand classes that is ready for `train_step`.
+
+    Args:
+        ranks: this process's place; batch: the global batch; options: fields of Config.
+    """
+    config = Config(global_batch=batch, **options)
+    config.fill(images := 1_281_167)
+    nothing = np.zeros((256, 256, 3), np.float32)
+    preprocess = Preprocess(256, config.crop, "none", nothing, np.zeros((3, 3), np.float32))
+    classes: list[dict[str, str | None]] = [{"wnid": str(label), "name": None} for label in range(1000)]
+    state = TrainState(config, ranks, Plan(images, batch, crop=config.crop), classes, preprocess)
+    state.start()
+    return state
+
+
+def step_rate(bench: Bench, step: Callable[[], None]) -> float:
+    return bench.batch / bench.seconds(step, least=3.0)
+
+
+class PeerStep:
+    """Another network's step with what ours has: channels-last, autocast, fused SGD."""
 
     def __init__(self, bench: Bench, network: torch.nn.Module) -> None:
         self.bench, self.amp = bench, bench.amp
@@ -74,9 +101,6 @@ class Step:
             loss = F.cross_entropy(self.network(images).float(), labels)
         loss.backward()
         self.optimizer.step()
-
-    def rate(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        return len(labels) / self.bench.seconds(lambda: self(images, labels), least=3.0)
 
 
 def held_batch(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,11 +159,10 @@ def reference_rate(device: torch.device, amp: torch.dtype | None, batch: int, le
 def bench_step(bench: Bench) -> Iterator[Row]:
     """The paper's step against the matrix-product rate; without LRN; and torchvision's alexnet."""
     images, labels = held_batch(bench.batch, bench.device)
-    network = AlexNet()
-    recipe.initialise(network)
-    work = flops(network, images.float().cpu())
-    ours, plain = Step(bench, network), Step(bench, AlexNet(lrn=False))
-    peer = Step(bench, import_torchvision().models.alexnet())
+    work = flops(AlexNet(), images.float().cpu())
+    ranks = Ranks(gpu=bench.device.type == "cuda")
+    ours, plain = started(ranks, bench.batch), started(ranks, bench.batch, lrn=False)
+    peer = PeerStep(bench, import_torchvision().models.alexnet())
     dtype = ours.amp or torch.float32
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
 
@@ -148,10 +171,10 @@ def bench_step(bench: Bench) -> Iterator[Row]:
 
         script(0)  # starts the process
         mine, without, gemm, theirs, scripts = bench.rates(
-            lambda: ours.rate(images, labels),
-            lambda: plain.rate(images, labels),
+            lambda: step_rate(bench, lambda: train_step(ours, images, labels)),
+            lambda: step_rate(bench, lambda: train_step(plain, images, labels)),
             lambda: gemm_rate(bench, dtype) / work,
-            lambda: peer.rate(images.float(), labels),  # as its loader gives them
+            lambda: step_rate(bench, lambda: peer(images.float(), labels)),  # as its loader gives them
             script,
         )
     kind = str(dtype).removeprefix("torch.")
@@ -169,9 +192,8 @@ def bench_step(bench: Bench) -> Iterator[Row]:
 
 def bench_train(bench: Bench) -> Iterator[Row]:
     """Training from shards against training on one batch held in memory."""
-    network = AlexNet()
-    recipe.initialise(network)
-    step = Step(bench, network)
+    state = started(Ranks(gpu=bench.device.type == "cuda"), bench.batch)
+    step = partial(train_step, state)
     images, labels = held_batch(bench.batch, bench.device)
 
     def shards() -> float:
@@ -188,5 +210,5 @@ def bench_train(bench: Bench) -> Iterator[Row]:
         batches.close()
         return rate
 
-    ours, limit = bench.rates(shards, lambda: step.rate(images, labels))
+    ours, limit = bench.rates(shards, lambda: step_rate(bench, lambda: step(images, labels)))
     yield Row("train", "from shards", "images/s", ours, limit, "one batch held in memory")
