@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import runpy
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from helpers import CROP, ROOT, make_run
 
 from model.training import checkpoint
-from pipeline.preprocess import Preprocess
+from pipeline.preprocess import MEANS, Preprocess
 from tools import export, predict
 from tools.bench.reference import import_torchvision
 from tools.lib import formats
@@ -83,6 +84,14 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, onnx_file):
         "mean_pixels",
     ):
         assert words in said["preprocess_text"]
+
+
+def test_the_sentence_says_what_is_subtracted(run):
+    own = load_run(run).preprocess
+    said = {mode: formats.describe(replace(own, mean_mode=mode)) for mode in MEANS}
+    words = {"pixel": "mean_pixels", "channel": "channel_mean", "imagenet": "channel_mean", "none": "nothing"}
+    for mode, word in words.items():
+        assert f"subtract {word}" in said[mode] or f"({word}" in said[mode]
 
 
 def test_the_script_in_docs_agrees_with_predict(
@@ -184,7 +193,8 @@ def test_torchvision_weights_need_no_data_set(tmp_path):
     invoke(*back, "--names", names)
     trained = load_run(tmp_path / "tv.pt")
     assert [c["wnid"] for c in trained.classes] == ["n01", "n02", "n03"]
-    assert trained.names == ["tench", "goldfish", "n03"] and trained.preprocess.size == 256
+    assert trained.names == ["tench", "goldfish", "n03"]
+    assert (trained.preprocess.size, trained.preprocess.mean_mode) == (256, "imagenet")
     names.write_text("n01 tench\n")
     assert "3 outputs" in invoke(*back, "--names", names, code=1).stderr
 
