@@ -46,12 +46,7 @@ def main(config: Config) -> None:
         raise click.UsageError("--fall-back goes with --resume or --auto-resume")
     if config.freeze and not config.weights:
         raise click.UsageError("--freeze keeps layers of --weights as they are: give --weights too")
-    if not config.resume and checkpoint_exists(config.folder):
-        raise ModelError(
-            f"{config.folder} holds a run already: continue it with --resume, or give another --out"
-        )
-    if config.resume and not checkpoint_exists(config.folder):
-        raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
+    check_folder(config)
     images, classes = check_data(config)
 
     import torch
@@ -64,6 +59,7 @@ def main(config: Config) -> None:
     if config.weights and not config.resume:
         weights = load_weights(config.weights)
         config.take_network(weights.variant, weights.mean, weights.options)
+        check_folder(config)  # runs/VARIANT, which is known now
     chosen = config.fill(images)
     check_network(config, classes, weights)
     if under_torchrun():
@@ -78,9 +74,22 @@ def main(config: Config) -> None:
     first = os.environ.get("RANK", "0") == "0"  # under torchrun every rank gets here
     if first and not config.resume:
         click.echo(chosen)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     taken = f"another train.py writes to {config.folder}: wait for it, or give another --out"
     with lock(config.folder / ".lock", taken) if first else nullcontext():
         launch(train, config, ranks, gpu=gpus > 0)
+
+
+def check_folder(config: Config) -> None:
+    """Raises ModelError where --out holds a run and none should be, or the other way round."""
+    exists = checkpoint_exists(config.folder)
+    if exists and not config.resume:
+        raise ModelError(
+            f"{config.folder} holds a run already: continue it with --resume, or give another --out"
+        )
+    if config.resume and not exists:
+        raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
 
 
 def check_data(config: Config) -> tuple[int, int]:
@@ -136,7 +145,7 @@ def train(ranks: Ranks, config: Config) -> None:
     assert config.mean and config.global_batch
 
     # ---- data
-    train_set, val_set = ShardReader(config.data / "train"), ShardReader(config.data / "val")
+    train_set, val_set = (ShardReader(config.data / split, config.checksums) for split in ("train", "val"))
     preprocess = Preprocess.load(config.data / "train", config.crop, config.mean)
     plan = Plan(
         count=len(train_set),
@@ -150,7 +159,8 @@ def train(ranks: Ranks, config: Config) -> None:
 
     # ---- network, optimiser, schedule; an earlier run's checkpoint
     if ranks.gpu:
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not config.deterministic  # chooses algorithms by time
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.set_float32_matmul_precision("high")
     manifest = train_set.manifest
     weights = load_weights(config.weights) if config.weights and not config.resume else None
@@ -241,6 +251,7 @@ def train(ranks: Ranks, config: Config) -> None:
                 "train",
                 epoch=epoch,
                 step=step,
+                steps=steps,
                 lr=state.optimizer.param_groups[0]["lr"],
                 images_per_s=rate,
                 data_wait=waited / seconds,

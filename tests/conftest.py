@@ -1,6 +1,9 @@
 """Real photographs (they come inside the scikit-image wheel) and a tiny data set made of them."""
 
 import math
+import os
+import signal
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,6 +67,19 @@ def dataset(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def no_reader_ends_the_tests() -> None:
     """A trainer that waits for a dead reader ends itself; here pytest's own time limit does."""
     pipeline.load.readers.PATIENCE = math.inf
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing depends on how the tests are started, or on what the user has built before."""
+    # Before any test module is imported: some build kernels then. The user's own cache may hold anything.
+    cache = tempfile.TemporaryDirectory(prefix="alexnet-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    os.environ.pop("ALEXNET_NATIVE", None)
+    # `nohup make test &` ignores Ctrl-C, and programs inherit that. They do not inherit a function.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,21 @@ from model.dropout import KeyedDropout
 from model.lrn import LRN
 from model.parallel.ranks import Ranks, average_buffers, distribute
 
-LAYOUTS = ("data", "hybrid", "towers")
+LAYOUTS = ("auto", "data", "hybrid", "towers")
+
+
+def automatic(network: AlexNet, ranks: int, global_batch: int) -> str:
+    """The layout that sends least: "hybrid" or "data".
+
+    For a sliced layer "data" sends the gradients of its weights, "hybrid" its inputs and their gradients.
+    """
+    layers = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    units = sum(layer.in_features for layer in layers)
+    divides = all(layer.out_features % ranks == 0 for layer in layers[:-1])
+    if ranks > 1 and len(layers) > 1 and divides and 2 * units * global_batch < weights:
+        return "hybrid"
+    return "data"
 
 
 class Layout:
@@ -37,7 +51,7 @@ class Layout:
 
     Args:
         network: with the same weights on every rank.
-        kind: one of LAYOUTS; on a single rank each of them is the plain network.
+        kind: one of LAYOUTS; on a single rank each of them is the plain network. "auto": see `automatic`.
         global_batch: images a step over all ranks.
 
     Raises:
@@ -49,6 +63,8 @@ class Layout:
             raise ModelError(f"no layout {kind!r}: choose one of {', '.join(LAYOUTS)}")
         if kind == "towers" and ranks.world_size > 2:
             raise ModelError(f"--layout towers is for 2 ranks, not {ranks.world_size}: use data or hybrid")
+        if kind == "auto":
+            kind = automatic(network, ranks.world_size, global_batch)
         self.network, self.ranks = network, ranks
         self.kind = kind if ranks.world_size > 1 else "data"
         everything = self.kind == "towers"
@@ -220,11 +236,31 @@ class Layout:
 
     def grad_scaler(self, optimizer: torch.optim.Optimizer, enabled: bool) -> torch.amp.GradScaler:
         """The loss scaler for float16. Where ranks hold slices, an overflow on one rank skips the step on all."""
+        device = self.ranks.device.type
+        # LARS looks at the gradients, so the scale has to come off before its step
+        whole = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if whole and self.kind == "data":
+            return torch.amp.GradScaler(device, enabled=enabled)
+        # the fused step below skips an overflow on the device; told otherwise, the scaler waits to see for itself
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         if self.kind == "data":
-            return torch.amp.GradScaler(self.ranks.device.type, enabled=enabled)
-        # the scaler checks gradients on all ranks only if it divides them itself
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        return ShardedGradScaler(self.ranks.device.type, enabled=enabled, process_group=_world())
+            return _UnscaleFirst(device, enabled=enabled)
+        return _ShardedScaler(device, enabled=enabled, process_group=_world())
+
+
+class _UnscaleFirst(torch.amp.GradScaler):
+    """Takes the loss scale off the gradients before the step, where a fused optimiser would do so within it."""
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        if self.is_enabled():
+            self.unscale_(optimizer)
+            for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+                found.clamp_(max=1)  # a sum over ranks; fused optimisers look for 1
+        return super().step(optimizer, *args, **kwargs)
+
+
+class _ShardedScaler(_UnscaleFirst, ShardedGradScaler):
+    pass
 
 
 class _SplitInputs(nn.Linear):

@@ -76,11 +76,11 @@ def _killed(data: Path, out: Path, kind: str, life: float, draw: random.Random) 
         delay = draw.uniform(0, 0.2 if kind == "in a checkpoint's write" else 0.05)
         skip = draw.randrange(3)  # of the moments to choose from
         while kind and command.running() and time.monotonic() < deadline:
-            if kind == "in a checkpoint's write" and list(out.glob(".*.pt.tmp")):
+            if kind == "in a checkpoint's write" and list(out.glob("*.pt.*.tmp")):
                 if skip == 0:
                     break
                 skip -= 1
-                while list(out.glob(".*.pt.tmp")) and command.running() and time.monotonic() < deadline:
+                while list(out.glob("*.pt.*.tmp")) and command.running() and time.monotonic() < deadline:
                     time.sleep(0.001)
             if kind == "in validation" and _validating(out):
                 break
@@ -287,7 +287,7 @@ def full_disk(work: Path, tries: int, draw: random.Random, tick: Progress) -> tu
             if command.wait() != 1:
                 raise Lost(f"exit code {command.process.returncode}: {command.text()[-300:]!r}")
             command.check_one_line("No space left")
-            if list((disk / "run").glob(".*.pt.tmp")):
+            if list((disk / "run").glob("*.pt.*.tmp")):
                 raise Lost("half a checkpoint is left")
             remount(disk, "size=2g")
             _train_to_end(data, disk / "run", "--resume")

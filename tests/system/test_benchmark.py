@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 def test_each_stage_gives_its_rows(class_folders, tmp_path, stages):
     out = tmp_path / "rows.json"
     short = (
-        "import sys, tools.benchmark as b; b.BUILD_IMAGES = b.LOAD_IMAGES = 1;"
-        "b.Bench.seconds.__defaults__ = (0.01,); b.main(sys.argv[1:])"
+        "import sys, tools.bench.core as c, tools.benchmark as b; c.BUILD_IMAGES = c.LOAD_IMAGES = 1;"
+        "c.Bench.seconds.__defaults__ = (0.01,); b.main(sys.argv[1:])"
     )
     options = ["--rounds", "1", "--batch", "8", "--workers", "1", "--cpu", "--json", str(out)]
     command = [sys.executable, "-c", short, str(class_folders), *options]

@@ -12,8 +12,8 @@ from helpers import run_train, train_error
 from model.parallel.ranks import Ranks
 from model.training.checkpoint import Checkpoints, load
 from pipeline.shards import ShardReader
-from tools.common import load_run
 from tools.evaluate import judge, score
+from tools.lib.runs import load_run
 
 TINY = [
     "--gpus",

@@ -160,7 +160,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(slow_folders: Path, tmp_path: 
     )
     wait_until(lambda: any((tmp_path / "train.partial").glob("work/shard-*.npz")))
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "Traceback" not in errors and errors.splitlines()[-1] == "Interrupted: continue with --resume."
 

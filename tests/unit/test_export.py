@@ -13,8 +13,9 @@ from helpers import CROP, make_run
 from model.training import checkpoint
 from pipeline.preprocess import Preprocess
 from tools import export
-from tools.common import load_run
-from tools.peers import import_torchvision
+from tools.bench.reference import import_torchvision
+from tools.lib import formats
+from tools.lib.runs import load_run
 
 torchvision = import_torchvision()
 
@@ -56,7 +57,7 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, tmp_path):
         images = noise(count, CROP)
         (found,) = session.run(None, {"images": images.numpy()})
         torch.testing.assert_close(
-            torch.tensor(found), trained.network(images), rtol=0, atol=export.TOLERANCE * np.abs(found).max()
+            torch.tensor(found), trained.network(images), rtol=0, atol=formats.TOLERANCE * np.abs(found).max()
         )
     said = session.get_modelmeta().custom_metadata_map
     assert json.loads(said["classes"]) == trained.classes and said["variant"] == "paper"
@@ -79,7 +80,7 @@ def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
 def test_an_onnx_file_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch):
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    monkeypatch.setattr(formats, "TOLERANCE", -1.0)
     assert "logits differ" in invoke(run, "--onnx", tmp_path / "a.onnx", code=1).stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -171,5 +172,5 @@ def test_what_is_wrong_is_said_in_one_line(run, owt, dataset, tmp_path, monkeypa
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(export.importlib, "import_module", missing)
+    monkeypatch.setattr(formats.importlib, "import_module", missing)
     assert "'.[export]'" in invoke(run, "--onnx", tmp_path / "a.onnx", code=1).stderr

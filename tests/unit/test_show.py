@@ -10,11 +10,14 @@ import pytest
 from click.testing import CliRunner
 from helpers import CROP, make_run, write_log
 
+from model.training.log import read_log
 from pipeline.load.plan import Plan
 from pipeline.preprocess import Preprocess, stored_image
 from pipeline.shards import ShardReader
 from tools import show
-from tools.common import load_run
+from tools.lib import figures
+from tools.lib.runs import load_run
+from tools.lib.samples import count_classes, training_batch
 
 
 def invoke(*arguments, code=0):
@@ -49,7 +52,8 @@ def test_batch_shows_the_crop_of_the_stored_image(dataset):
     reader = ShardReader(dataset / "train")
     preprocess = Preprocess.load(dataset / "train", 224)
     plan = Plan(count=96, global_batch=8, color_std=0.0, seed=3)
-    figure = show.batch_figure(reader, plan, preprocess, step=13, images=3)  # in the second epoch
+    batch = training_batch(reader, plan, preprocess, step=13, images=3)  # in the second epoch
+    figure = figures.batch_figure(batch, preprocess, reader.manifest.classes, "title")
     samples, views = plan.samples(1, 1), plan.views(1, 1)
     panels = [axes for cell in figure.subfigs for axes in cell.axes]
     for place in range(3):
@@ -65,7 +69,7 @@ def test_batch_shows_the_crop_of_the_stored_image(dataset):
 
 def test_filters_are_scaled_about_grey(run):
     trained = load_run(run)
-    figure = show.filters_figure(trained.network, "title")
+    figure = figures.filters_figure(trained.network, "title")
     mosaic = np.asarray(figure.axes[0].images[0].get_array())
     weights = trained.network.features.conv1.weight.numpy()
     assert mosaic.shape == (6 * 12 - 1, 16 * 12 - 1, 3)
@@ -82,7 +86,7 @@ def test_curves_compare_runs_over_epochs(run, tmp_path):
     write_log(other, epochs=2, steps=3)  # another batch size: other steps, the same epochs
     with (other / "log.jsonl").open("a") as file:
         file.write('{"kind": "train", "epo')  # being written
-    figure = show.curves_figure({"a": show.read_log(run), "b": show.read_log(other)})
+    figure = figures.curves_figure({"a": read_log(run), "b": read_log(other)})
     loss, accuracy = figure.axes[:2]
     assert [list(line.get_xdata()) for line in loss.lines[1::2]] == [[1, 2, 3], [1, 2]]
     for line, percent in zip(accuracy.lines, ([20, 30, 40], [60, 70, 80]), strict=False):
@@ -93,7 +97,7 @@ def test_curves_compare_runs_over_epochs(run, tmp_path):
 
 def test_dataset_counts_classes_of_both_splits(dataset):
     readers = {split: ShardReader(dataset / split) for split in ("train", "val")}
-    counts = {split: show.count_classes(reader, split) for split, reader in readers.items()}
+    counts = {split: count_classes(reader, split) for split, reader in readers.items()}
     assert counts["train"].tolist() == [24] * 4 and counts["val"].tolist() == [6] * 4
 
 
