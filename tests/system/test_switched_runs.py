@@ -12,8 +12,8 @@ from helpers import run_train, train_error
 from model.parallel.ranks import Ranks
 from model.training.checkpoint import Checkpoints, load
 from pipeline.shards import ShardReader
-from tools.evaluate import judge, score
 from tools.lib.runs import load_run
+from tools.lib.scores import judge
 
 TINY = [
     "--gpus",
@@ -57,7 +57,8 @@ def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched: 
         assert torch.equal(value, saved["ema"]["model"][key])
     assert any(not torch.equal(saved["model"][k], saved["ema"]["model"][k]) for k in saved["model"])
     logged = [json.loads(line) for line in (switched / "log.jsonl").read_text().splitlines()]
-    ours = score(*judge(trained, ShardReader(dataset / "val"), Ranks(), workers=0, progress=False))
+    (scores,) = judge([trained], ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
+    ours = scores.overall()
     validation = [entry for entry in logged if entry["kind"] == "val"][-1]
     assert ours["top1"] == validation["top1"] and ours["loss"] == pytest.approx(validation["loss"], rel=1e-5)
     errors = [entry["error"] for entry in logged if entry["kind"] == "train"]
