@@ -29,8 +29,10 @@ import numpy as np
 
 from base.errors import DataError
 from base.files import fsync_directory, write_atomic
-from pipeline.build.images import RejectedError, Statistics, encode_bgr, kernels, prepare_bgr
+from pipeline.build.headers import RejectedError
+from pipeline.build.images import encode_bgr, kernels, prepare_bgr
 from pipeline.build.sources import RawImage, RawReader, Source
+from pipeline.build.statistics import Statistics
 from pipeline.build.workers import SECONDS_AN_ITEM, Crashed, Report, WorkerPool
 from pipeline.shards import (
     DATABASE,
