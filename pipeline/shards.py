@@ -22,7 +22,7 @@ import re
 import resource
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -100,6 +100,8 @@ class Manifest:
     pca_eigenvectors: list[list[float]]
     mean_sha256: str  # of mean.npy
     fingerprint: str  # of the source list and the options of the build: the same means "nothing to redo"
+    # {"source", "reason"} of accepted images that the decoder found damage in; not in the file where there are none
+    warned: list[dict[str, str]] = field(default_factory=list)
 
     @staticmethod
     def load(split_dir: str | Path) -> Manifest:
@@ -119,7 +121,8 @@ class Manifest:
                 raise DataError(
                     f"{path} has format {version}, this program reads format {FORMAT_VERSION}: build it again"
                 )
-            manifest = Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+            optional: dict[str, Any] = {"warned": []}
+            manifest = Manifest(**{f.name: (optional | values)[f.name] for f in fields(Manifest)})
         except (ValueError, KeyError, TypeError):
             raise DataError(damaged) from None
         # Comparing whole files also finds a flip in white space or in the checksum itself.
@@ -151,6 +154,8 @@ class Manifest:
 
     def _serialise(self) -> bytes:
         values = asdict(self)
+        if not values["warned"]:
+            del values["warned"]
         body = json.dumps(values, sort_keys=True).encode()
         values["manifest_sha256"] = hashlib.sha256(body).hexdigest()
         return (json.dumps(values, sort_keys=True, indent=1) + "\n").encode()

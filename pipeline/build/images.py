@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import re
 import warnings
 
 import cv2
@@ -52,6 +54,49 @@ def prepare_bgr(data: bytes, size: int = 256) -> np.ndarray:
     if side < size:
         square = cv2.resize(square, (size, size), interpolation=cv2.INTER_CUBIC)
     return np.asarray(square)
+
+
+class DecoderWarnings:
+    """libjpeg's warnings, which OpenCV only prints: what goes to the process's standard error from here to `close`.
+
+    Whatever else is printed there is passed on.
+    """
+
+    _LIBJPEG = re.compile(
+        rb"Corrupt JPEG data|Premature end of JPEG file|Inconsistent progression sequence|Invalid SOS parameters"
+        rb"|Invalid component ID|Unknown Adobe color transform"
+    )
+
+    def __init__(self) -> None:
+        try:
+            self._kept = os.dup(2)
+        except OSError:  # a process without a standard error: nothing can be learnt
+            self._kept = -1
+            return
+        self._buffer = os.memfd_create("warnings")
+        os.dup2(self._buffer, 2)
+
+    def take(self) -> str | None:
+        """The first warning since the last call."""
+        if self._kept < 0 or not (length := os.fstat(self._buffer).st_size):
+            return None
+        text = os.pread(self._buffer, length, 0)
+        os.ftruncate(self._buffer, 0)
+        os.lseek(self._buffer, 0, os.SEEK_SET)
+        lines = text.splitlines(keepends=True)
+        found = [line for line in lines if self._LIBJPEG.match(line)]
+        if others := b"".join(line for line in lines if not self._LIBJPEG.match(line)):
+            os.write(self._kept, others)
+        return found[0].decode("ascii", "replace").strip() if found else None
+
+    def close(self) -> None:
+        """Give the process its standard error back."""
+        if self._kept >= 0:
+            self.take()
+            os.dup2(self._kept, 2)
+            os.close(self._kept)
+            os.close(self._buffer)
+            self._kept = -1
 
 
 def _decoded_bgr(data: bytes) -> np.ndarray:
