@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import os
-import signal
+import shlex
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,8 +28,6 @@ from pipeline.shards import ShardReader
 
 if TYPE_CHECKING:
     from model.parallel.ranks import Ranks
-    from model.training.log import Log
-    from model.training.state import TrainState
     from model.training.weights import Weights
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
@@ -47,13 +46,10 @@ def main(config: Config) -> None:
         raise click.UsageError("--fall-back goes with --resume or --auto-resume")
     if config.freeze and not config.weights:
         raise click.UsageError("--freeze keeps layers of --weights as they are: give --weights too")
-    if not config.resume and checkpoint_exists(config.folder):
-        raise ModelError(
-            f"{config.folder} holds a run already: continue it with --resume, or give another --out"
-        )
-    if config.resume and not checkpoint_exists(config.folder):
-        raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
+    check_folder(config)
     images, classes = check_data(config)
+
+    import torch
 
     from model.parallel.ranks import count_gpus, launch, under_torchrun
     from model.training.log import writing
@@ -63,25 +59,37 @@ def main(config: Config) -> None:
     if config.weights and not config.resume:
         weights = load_weights(config.weights)
         config.take_network(weights.variant, weights.mean, weights.options)
+        check_folder(config)  # runs/VARIANT, which is known now
     chosen = config.fill(images)
     check_network(config, classes, weights)
     if under_torchrun():
-        import torch
-
         gpus = 0 if config.gpus == 0 else torch.cuda.device_count()
         ranks = int(os.environ["WORLD_SIZE"])
     else:
         gpus = count_gpus(config.gpus)
         ranks = gpus or config.cpu_ranks
-    check_ranks(config, ranks, gpus)
+    config.check_ranks(ranks, gpus)
     with writing(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
-    if not config.resume:
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun every rank gets here
+    if first and not config.resume:
         click.echo(chosen)
-    with lock(
-        config.folder / ".lock", f"another train.py writes to {config.folder}: wait, or give another --out"
-    ):
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    taken = f"another train.py writes to {config.folder}: wait for it, or give another --out"
+    with lock(config.folder / ".lock", taken) if first else nullcontext():
         launch(train, config, ranks, gpu=gpus > 0)
+
+
+def check_folder(config: Config) -> None:
+    """Raises ModelError where --out holds a run and none should be, or the other way round."""
+    exists = checkpoint_exists(config.folder)
+    if exists and not config.resume:
+        raise ModelError(
+            f"{config.folder} holds a run already: continue it with --resume, or give another --out"
+        )
+    if config.resume and not exists:
+        raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
 
 
 def check_data(config: Config) -> tuple[int, int]:
@@ -119,32 +127,11 @@ def check_network(config: Config, classes: int, weights: Weights | None) -> None
         weights.check(network)
 
 
-def check_ranks(config: Config, ranks: int, gpus: int) -> None:
-    """Raises UsageError where options do not go with each other or with the number of ranks."""
-    assert config.global_batch
-    if gpus and config.cpu_ranks > 1:
-        raise click.UsageError("--cpu-ranks goes with --gpus 0")
-    if config.global_batch % (ranks * config.accumulate):
-        raise click.UsageError(
-            f"--global-batch {config.global_batch} does not divide into {ranks} ranks "
-            f"x --accumulate {config.accumulate}"
-        )
-    if config.layout != "data" and config.compiled:
-        raise click.UsageError("--compile goes with --layout data")
-    if config.compress and ranks == 1:
-        raise click.UsageError("--compress is for several ranks: there is one")
-    if config.compress and config.layout == "towers":
-        raise click.UsageError("--layout towers averages no gradients: leave --compress out")
-    if config.mixup and config.global_batch // (ranks * config.accumulate) % 2:
-        raise click.UsageError(
-            "--mixup blends pairs: --global-batch has to leave each rank and part an even batch"
-        )
-
-
 def train(ranks: Ranks, config: Config) -> None:
     """One rank's whole training run."""
     import torch
 
+    from model.parallel.ranks import StopRequest
     from model.training.evaluation import evaluate
     from model.training.log import Log, writing
     from model.training.precision import check_scale, diverged, input_dtype
@@ -158,7 +145,7 @@ def train(ranks: Ranks, config: Config) -> None:
     assert config.mean and config.global_batch
 
     # ---- data
-    train_set, val_set = ShardReader(config.data / "train"), ShardReader(config.data / "val")
+    train_set, val_set = (ShardReader(config.data / split, config.checksums) for split in ("train", "val"))
     preprocess = Preprocess.load(config.data / "train", config.crop, config.mean)
     plan = Plan(
         count=len(train_set),
@@ -172,7 +159,8 @@ def train(ranks: Ranks, config: Config) -> None:
 
     # ---- network, optimiser, schedule; an earlier run's checkpoint
     if ranks.gpu:
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not config.deterministic  # chooses algorithms by time
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.set_float32_matmul_precision("high")
     manifest = train_set.manifest
     weights = load_weights(config.weights) if config.weights and not config.resume else None
@@ -180,6 +168,14 @@ def train(ranks: Ranks, config: Config) -> None:
     if config.resume:
         state.resume(click.echo if ranks.first else lambda line: None)
     state.check_same_step()
+    if config.resume and state.step >= state.end_step:
+        if state.step > state.end_step:
+            raise ModelError(
+                f"{config.folder} has {state.epoch} epochs already: give --epochs more than that"
+            )
+        if ranks.first:
+            click.echo(f"{config.folder} is finished, {state.epoch} epochs: continue it with more --epochs")
+        return
     state.start()
 
     # ---- batches on the device
@@ -216,7 +212,7 @@ def train(ranks: Ranks, config: Config) -> None:
             tensorboard=config.tensorboard,
             progress=config.progress,
         )
-    log.say(describe(ranks, state.amp))
+    log.say(state.describe())
     if state.begins_with:
         log.say(
             f"begins with {state.begins_with}" + ("; the convolutions are frozen" if config.freeze else "")
@@ -255,13 +251,14 @@ def train(ranks: Ranks, config: Config) -> None:
                 "train",
                 epoch=epoch,
                 step=step,
+                steps=steps,
                 lr=state.optimizer.param_groups[0]["lr"],
                 images_per_s=rate,
                 data_wait=waited / seconds,
                 **means,
             )
             if not estimated and (step - first_step >= 100 or epoch_ends):
-                log.say(estimate(state, rate))
+                log.say(state.estimate(rate))
                 estimated = True
             window_start, window_step, waited = time.perf_counter(), step, 0.0
 
@@ -271,7 +268,12 @@ def train(ranks: Ranks, config: Config) -> None:
         if epoch_ends:
             guessing = state.watch.epoch_ends(step, last=step == state.end_step)
             if guessing:
-                say_guessing(log, state, guessing)
+                log.write("guessing", epoch=epoch, step=step, **guessing)
+                log.say(
+                    state.watch.advice(
+                        guessing, step, fresh_start=config.init if not config.weights else None
+                    )
+                )
             metrics = evaluate(state.trained, log.watch(val_batches, val_steps), ranks, state.amp)
             state.train_mode()
             state.schedule.validated(1 - metrics["top1"], guessing=not state.watch.learnt)
@@ -297,73 +299,9 @@ def train(ranks: Ranks, config: Config) -> None:
         raise click.exceptions.Exit(EXIT_INTERRUPTED)
 
 
-def describe(ranks: Ranks, amp: Any) -> str:
-    """What the run computes on, and in which type of number: the reason for most differences in speed."""
-    import torch
-
-    if ranks.gpu:
-        where = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
-    else:
-        where = f"{ranks.world_size} x {torch.get_num_threads()} CPU threads"
-    return f"training on {where}, in {str(amp or torch.float32).removeprefix('torch.')}"
-
-
-def estimate(state: TrainState, rate: float) -> str:
-    """How long an epoch and the rest of the run take at `rate` images/s, and how large the run's folder grows."""
-    from model.training.log import duration, size
-
-    epoch = state.plan.steps_per_epoch * state.plan.global_batch
-    rest = (state.end_step - state.step) * state.plan.global_batch
-    files = min(state.config.keep, state.config.epochs) + 1  # and best.pt
-    return (
-        f"at {rate:,.0f} images/s an epoch takes {duration(epoch / rate)} and the rest of the run "
-        f"{duration(rest / rate)}, without validation; up to {files} checkpoints of "
-        f"{size(state.checkpoint_bytes)} take {size(files * state.checkpoint_bytes)}"
-    )
-
-
-def say_guessing(log: Log, state: TrainState, losses: dict[str, float]) -> None:
-    """One line for a network that has not learnt, with a remedy."""
-    config = state.config
-    if config.init in ("paper", "he") and not config.weights:
-        remedy = "begin again with --init torch and another --out"
-    else:
-        remedy = (
-            "look at the labels with tools/show.py batch, and begin again with another --lr or --global-batch"
-        )
-    log.write("guessing", epoch=state.epoch - 1, step=state.step, **losses)
-    log.say(
-        f"the network only guesses after {state.step} steps: its training loss is {losses['loss']:.3f}, that of "
-        f"always answering with the frequencies of the classes {losses['guess']:.3f}; {remedy}"
-    )
-
-
 def resume_command(config: Config) -> str:
     """What to type to continue this run."""
-    import shlex
-
     return shlex.join(["python", "train.py", "--resume", "--out", str(config.folder)])
-
-
-class StopRequest:
-    """Set by SIGINT, SIGTERM or SIGHUP; a second one kills as usual, but not within a second of the first.
-
-    A signal that was ignored when the program started (nohup) stays ignored.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._since = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._request)
-
-    def _request(self, number: int, _frame: Any) -> None:
-        if self.requested and time.monotonic() - self._since > 1:  # launchers send some signals twice at once
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        if not self.requested:
-            self.requested, self._since = True, time.monotonic()
 
 
 if __name__ == "__main__":

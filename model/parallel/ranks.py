@@ -266,3 +266,24 @@ def _check_architecture(index: int) -> None:
         f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(index)} (sm_{major}{minor}), "
         f"only for {', '.join(built)}: install a torch built for it (docs/gpu.md), or use --gpus 0 for the CPU"
     )
+
+
+class StopRequest:
+    """Set by SIGINT, SIGTERM or SIGHUP; a second one kills as usual, but not within a second of the first.
+
+    A signal that was ignored when the program started (nohup) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._since = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._request)
+
+    def _request(self, number: int, _frame: Any) -> None:
+        if self.requested and time.monotonic() - self._since > 1:  # launchers send some signals twice at once
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()

@@ -21,6 +21,13 @@ from base.files import write_atomic
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GROUPS = ("Data", "Network", "Training", "Regularisation", "Speed", "Run")
+DEFAULT_INIT = {
+    "paper": "torch",
+    "owt": "torch",
+    "bn": "he",
+    "cifar-80sec": "cuda-convnet",
+    "cifar-18pct": "cuda-convnet",
+}
 OWN_DATA = 100_000  # images; below, options that are not given follow from the number of images
 
 
@@ -209,8 +216,8 @@ class Config:
     )
     cpu_ranks: int = opt("Speed", "Processes on the CPU (with --gpus 0).", 1, type=COUNT, resumable=True)
     layout: str = opt(
-        "Speed", "How the network is split across ranks.", "data", type=click.Choice(["data", "hybrid", "towers"]),
-        resumable=True,
+        "Speed", "How the network is split across ranks; auto: hybrid where that sends less than data.", "auto",
+        type=click.Choice(["auto", "data", "hybrid", "towers"]), resumable=True,
     )  # fmt: skip
     compress: bool = opt(
         "Speed", "Average gradients as bfloat16: half the bytes.", False, flag="--compress/--no-compress",
@@ -226,6 +233,14 @@ class Config:
     compiled: bool = opt(
         "Speed", "torch.compile the network.", False, flag="--compile/--no-compile", resumable=True
     )
+    deterministic: bool = opt(
+        "Speed", "On a GPU, the same bits for every run: slower.", False, flag="--deterministic/--no-deterministic",
+        resumable=True,
+    )  # fmt: skip
+    checksums: bool = opt(
+        "Speed", "Compare every record that is read with its checksum.", True, flag="--checksums/--no-checksums",
+        resumable=True,
+    )  # fmt: skip
     workers: int = opt(
         "Speed", "Processes a rank that read shards; 0: none.", 1, type=click.IntRange(0), resumable=True
     )
@@ -300,12 +315,11 @@ class Config:
         given = {name: getattr(self, name) for name in chosen if getattr(self, name) is not None}
         for name, value in {**chosen, **given}.items():
             setattr(self, name, value)
-        defaults = {"paper": "torch", "owt": "torch", "bn": "he"}
-        self.init = self.init or defaults.get(str(self.variant), "cuda-convnet")
+        self.init = self.init or DEFAULT_INIT[str(self.variant)]
         start = f"the weights of {self.weights}" if from_weights else f"{self.init}'s initial weights"
         return (
             f"{images:,} training images: {start}, batches of {self.global_batch}, rate {self.lr:g}, "
-            f"schedule {self.schedule}, warm-up over {self.warmup_epochs:g} epochs"
+            f"schedule {self.schedule}, {self.warmup_epochs:g} epoch{'s' * (self.warmup_epochs != 1)} of warm-up"
         )
 
     def take_network(self, variant: str, mean: str | None, options: dict[str, Any]) -> None:
@@ -361,6 +375,29 @@ class Config:
     def drop_epochs(self) -> tuple[int, ...]:
         """--milestones as numbers."""
         return tuple(int(epoch) for epoch in self.milestones.split(",") if epoch)
+
+    def check_ranks(self, ranks: int, gpus: int) -> None:
+        """Raises UsageError where options do not go with each other or with the number of ranks."""
+        assert self.global_batch
+        if gpus and self.cpu_ranks > 1:
+            raise click.UsageError("--cpu-ranks goes with --gpus 0")
+        if self.global_batch % (ranks * self.accumulate):
+            raise click.UsageError(
+                f"--global-batch {self.global_batch} does not divide into {ranks} ranks "
+                f"x --accumulate {self.accumulate}"
+            )
+        if self.compiled and self.layout == "auto":
+            self.layout = "data"
+        if self.layout != "data" and self.compiled:
+            raise click.UsageError("--compile goes with --layout data")
+        if self.compress and ranks == 1:
+            raise click.UsageError("--compress is for several ranks: there is one")
+        if self.compress and self.layout == "towers":
+            raise click.UsageError("--layout towers averages no gradients: leave --compress out")
+        if self.mixup and self.global_batch // (ranks * self.accumulate) % 2:
+            raise click.UsageError(
+                "--mixup blends pairs: --global-batch has to leave each rank and part an even batch"
+            )
 
     # ---- config.json
 
@@ -477,7 +514,7 @@ def _resume(config: Config) -> None:
     saved = _read(path, context.command)
     for f in fields(Config):
         name, resumable = f.name, f.metadata["resumable"]
-        if name in OF_THIS_START - {"wandb"}:
+        if name in OF_THIS_START:
             continue
         source = context.get_parameter_source(name)
         # of a recipe or another run's config.json, what may be changed is not meant to

@@ -2,8 +2,8 @@
 
 log.jsonl has one JSON object a line, its `kind` one of
 
-    train     a window of steps: loss, guess (the loss of always answering with the frequencies of the labels
-              of this epoch so far), lr, images_per_s, data_wait, and error with --train-error
+    train     a window of so many steps: loss, guess (the loss of always answering with the frequencies of this
+              epoch's labels), lr, images_per_s, data_wait, and error with --train-error
     val       an epoch's validation: loss, top1, top5, count
     guessing  the network has not learnt: loss, guess
 
@@ -41,19 +41,34 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl, up to the first that is damaged or only partly written; [] without a log."""
+def read_log(run: Path, strict: bool = True) -> list[dict[str, Any]]:
+    """The entries of RUN/log.jsonl, without a partial last line, which a run that writes or was killed may have.
+
+    Args:
+        run: a run's folder, or a checkpoint in it.
+        strict: raise ModelError where there is no entry, or another line is damaged; else return the entries
+            before the damage.
+    """
+    path = (run.parent if run.is_file() else run) / "log.jsonl"
     try:
-        lines = (run / "log.jsonl").read_text().splitlines()
-    except OSError:
-        return []
-    entries = []
-    for line in lines:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        if not strict:
+            return []
+        raise ModelError(
+            f"cannot read {path} ({error.strerror}): give a folder that train.py wrote"
+        ) from None
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             entries.append({**entry, "step": int(entry["step"]), "kind": str(entry["kind"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):  # also bytes that are not UTF-8
+            if strict and number < len(lines):
+                raise ModelError(f"line {number} of {path} is damaged: delete it") from None
             break
+    if strict and not entries:
+        raise ModelError(f"{path} is empty: train for --log-every steps first")
     return entries
 
 
@@ -68,9 +83,11 @@ def epochs_of(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     steps, before, last = 0, 0, dict[str, Any]()
     for entry in entries:
         if entry["kind"] == "train":
+            if entry["step"] <= before:
+                continue  # of a file that somebody put together
             if last.get("epoch") != entry["epoch"]:
                 sums, steps = dict.fromkeys(sums, 0.0), 0
-            new, before, last = entry["step"] - before, entry["step"], entry
+            new, before, last = entry.get("steps", entry["step"] - before), entry["step"], entry
             steps += new
             for key in sums:
                 sums[key] += entry.get(key, math.nan) * new
@@ -111,7 +128,9 @@ class Log:
         if not on:
             return
         # a resumed run repeats the steps after its checkpoint
-        self.entries = [entry for entry in read_log(out) if entry["step"] <= step] if step else []
+        self.entries = (
+            [entry for entry in read_log(out, strict=False) if entry["step"] <= step] if step else []
+        )
         lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
         write_atomic(out / "log.jsonl", lines.encode())
         self._write_table()
@@ -142,7 +161,9 @@ class Log:
             self.jsonl.flush()
             if kind == "val":
                 self._write_table()
-        curves = {f"{kind}/{k}": v for k, v in entry.items() if k not in ("kind", "epoch", "step", "count")}
+        curves = {
+            f"{kind}/{k}": v for k, v in entry.items() if k not in ("kind", "epoch", "step", "steps", "count")
+        }
         if self.tensorboard:
             for name, value in curves.items():
                 self.tensorboard.add_scalar(name, value, entry["step"])

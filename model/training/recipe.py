@@ -63,13 +63,6 @@ INITS = {
     "he": _he,
     "cuda-convnet": _cuda_convnet,
 }
-DEFAULT_INIT = {
-    "paper": "torch",
-    "owt": "torch",
-    "bn": "he",
-    "cifar-80sec": "cuda-convnet",
-    "cifar-18pct": "cuda-convnet",
-}
 
 
 @torch.no_grad()

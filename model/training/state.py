@@ -14,6 +14,7 @@ from model.training import recipe
 from model.training.checkpoint import Checkpoints
 from model.training.config import Config
 from model.training.ema import Ema
+from model.training.log import duration, size
 from model.training.precision import amp_dtype, diverged
 from model.training.watch import Watch
 from model.training.weights import Weights
@@ -137,6 +138,28 @@ class TrainState:
             for name, p in self.network.named_parameters()
         )
         return 4 * count * (3 if self.ema else 2)
+
+    # ---- what the user is told
+
+    def describe(self) -> str:
+        """What the run computes on, and in which type of number: why most speeds differ."""
+        ranks = self.ranks
+        if ranks.gpu:
+            where = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
+        else:
+            where = f"{ranks.world_size} x {torch.get_num_threads()} CPU threads"
+        return f"training on {where}, in {str(self.amp or torch.float32).removeprefix('torch.')}"
+
+    def estimate(self, rate: float) -> str:
+        """How long an epoch and the rest of the run take at `rate` images/s, and how much disk the run takes."""
+        epoch = self.plan.steps_per_epoch * self.plan.global_batch
+        rest = (self.end_step - self.step) * self.plan.global_batch
+        files = min(self.config.keep, self.config.epochs) + 1  # and best.pt
+        return (
+            f"at {rate:,.0f} images/s an epoch takes {duration(epoch / rate)} and the rest of the run "
+            f"{duration(rest / rate)}, without validation; up to {files} checkpoints of "
+            f"{size(self.checkpoint_bytes)} take {size(files * self.checkpoint_bytes)}"
+        )
 
     # ---- checkpoints
 

@@ -56,6 +56,23 @@ class Watch:
         self.warned = True
         return {"loss": mean, "guess": guess}
 
+    def advice(self, losses: dict[str, float], step: int, fresh_start: str | None) -> str:
+        """One line for the user of a network that guesses.
+
+        Args:
+            losses: of `epoch_ends`.
+            step: steps so far.
+            fresh_start: the initial weights' scheme, None where the run began with existing weights.
+        """
+        if fresh_start in ("paper", "he"):
+            remedy = "begin again with --init torch and another --out"
+        else:
+            remedy = "look at the labels with tools/show.py batch, and begin again with another --lr"
+        return (
+            f"the network only guesses after {step} steps: its training loss is {losses['loss']:.3f}, that of "
+            f"always answering with the frequencies of the classes {losses['guess']:.3f}; {remedy}"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         return {
             k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(self).items() if k != "smoothing"

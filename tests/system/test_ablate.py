@@ -38,7 +38,7 @@ def finished(dataset, tmp_path_factory):
     while time.monotonic() < deadline and not list(out.rglob("result.json")):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 75 and "the same command goes on" in errors, errors
     early = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert 0 < len(early) < 6
@@ -86,11 +86,11 @@ def test_a_second_call_runs_nothing(finished, dataset):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")} | {
         p: p.stat().st_mtime_ns for p in out.rglob("log.jsonl")
     }
-    done = subprocess.run(command(dataset, out), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command(dataset, out), cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and done.stdout == printed
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     again = [*command(dataset, out), "--dropout", "0.3"]
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and "was run with other options" in done.stderr
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 import pytest
-from helpers import ROOT
+from helpers import ROOT, train_here
 
 import train
 from base.errors import ModelError
+from base.files import lock
 from model.alexnet import ACTIVATIONS, DROPPABLE, VARIANTS
 from model.parallel.layouts import LAYOUTS
 from model.training import recipe
@@ -112,3 +113,23 @@ def test_a_strangers_config_sends_nothing_away(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"wandb": True, "out": "/elsewhere", "lr": 0.25}))
     config = given("--config", tmp_path / "config.json")
     assert (config.wandb, config.out, config.lr) == (False, None, 0.25)
+
+
+def test_two_trainings_in_one_folder_are_kept_apart(dataset: Path, tmp_path: Path) -> None:
+    options = ["--data", dataset, "--out", tmp_path, "--crop", 63, "--epochs", 1, "--global-batch", 32]
+    with lock(tmp_path / ".lock", "taken"):
+        done = train_here(*options)
+    assert done.exit_code == 1 and "another train.py writes to" in done.output
+    assert not (tmp_path / "config.json").exists()
+    assert train_here(*options).exit_code == 0
+
+
+def test_a_finished_run_says_so_and_keeps_its_config(dataset: Path, tmp_path: Path) -> None:
+    options = ["--data", dataset, "--out", tmp_path, "--crop", 63, "--global-batch", 48]
+    assert train_here(*options, "--epochs", 2).exit_code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = train_here("--out", tmp_path, "--resume")
+    assert done.exit_code == 0 and "is finished, 2 epochs" in done.output
+    done = train_here("--out", tmp_path, "--resume", "--epochs", 1)
+    assert done.exit_code == 1 and "has 2 epochs already" in done.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
