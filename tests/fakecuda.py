@@ -260,7 +260,7 @@ def fake_gpu(guard: ctypes.CDLL) -> Iterator[_Recorder]:
         "torch.Tensor.pin_memory": pinned,
         "torch.Tensor.tolist": read,
         "torch.Tensor.new_tensor": new_tensor,
-        "torch._C._select_conv_backend": lambda *_, **__: torch._C._ConvBackend.Cudnn,
+        "torch._C._select_conv_backend": lambda *_, **__: torch._C._ConvBackend.Cudnn,  # type: ignore[attr-defined]
         "torch._C._conv_determine_backend_memory_format": memory_format,
         "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
         "torch.cuda.get_device_name": lambda *_: "a card that is not there",
@@ -322,11 +322,10 @@ def trace_training(
 
 def _collectives(ranks: int) -> dict[str, Any]:
     """Stand-ins for what sends between ranks: results of the same shape, type and layout."""
-    funcol = "torch.distributed._functional_collectives"
     return {
-        f"{funcol}.all_gather_single": lambda x, *_: torch.cat([x] * ranks),
-        f"{funcol}.reduce_scatter_single": lambda x, *_: x.chunk(ranks)[0].clone(),
-        f"{funcol}.wait_tensor": lambda x: x,
+        "model.parallel.layouts._gather_single": lambda x, *_: torch.cat([x] * ranks),
+        "model.parallel.layouts._scatter_single": lambda x, *_: x.chunk(ranks)[0].clone(),
+        "torch.distributed._functional_collectives.wait_tensor": lambda x: x,
         "torch.distributed.all_reduce": lambda *_, **__: mock.Mock(),
         "model.parallel.layouts._world": lambda: None,
         "model.parallel.layouts.distribute": lambda network, *_: network,
