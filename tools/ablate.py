@@ -20,8 +20,8 @@ from tools.ablation.claims import BASELINE, CLAIMS, EVALUATED, evaluate_baseline
 from tools.ablation.figure1 import cifar_shards, figure1
 from tools.ablation.jobs import Workers, locked
 from tools.ablation.report import curves_figure, figure1_figure, report
-from tools.common import CONTEXT, option
-from tools.pictures import save
+from tools.lib.cli import CONTEXT, option
+from tools.lib.figures import save
 
 
 @click.command(context_settings=CONTEXT)

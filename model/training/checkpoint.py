@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from base.errors import ModelError
 from base.files import atomic_file, fsync_directory, read_regular, remove_temporary, temporary_path
@@ -28,9 +29,12 @@ END_OF_ZIP = b"PK\x05\x06"  # the zip's last record, 22 bytes, ends with the len
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` by way of a temporary file, synced and renamed: a kill leaves the old or the new."""
+    """Write `state` to `path` by way of a temporary file, synced and renamed: a kill leaves the old or the new.
+
+    Tensors are saved from the CPU: a file of CUDA tensors would not load on a machine without a GPU.
+    """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), state), buffer)
     content = buffer.getbuffer()
     if bytes(content[-22:-18]) != END_OF_ZIP:
         raise RuntimeError("torch.save no longer ends its files with a plain zip record")

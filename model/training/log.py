@@ -41,19 +41,34 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl, up to the first that is damaged or only partly written; [] without a log."""
+def read_log(run: Path, strict: bool = True) -> list[dict[str, Any]]:
+    """The entries of RUN/log.jsonl, without a partial last line, which a run that writes or was killed may have.
+
+    Args:
+        run: a run's folder, or a checkpoint in it.
+        strict: raise ModelError where there is no entry, or another line is damaged; else return the entries
+            before the damage.
+    """
+    path = (run.parent if run.is_file() else run) / "log.jsonl"
     try:
-        lines = (run / "log.jsonl").read_text().splitlines()
-    except OSError:
-        return []
-    entries = []
-    for line in lines:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        if not strict:
+            return []
+        raise ModelError(
+            f"cannot read {path} ({error.strerror}): give a folder that train.py wrote"
+        ) from None
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             entries.append({**entry, "step": int(entry["step"]), "kind": str(entry["kind"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):  # also bytes that are not UTF-8
+            if strict and number < len(lines):
+                raise ModelError(f"line {number} of {path} is damaged: delete it") from None
             break
+    if strict and not entries:
+        raise ModelError(f"{path} is empty: train for --log-every steps first")
     return entries
 
 
@@ -113,7 +128,9 @@ class Log:
         if not on:
             return
         # a resumed run repeats the steps after its checkpoint
-        self.entries = [entry for entry in read_log(out) if entry["step"] <= step] if step else []
+        self.entries = (
+            [entry for entry in read_log(out, strict=False) if entry["step"] <= step] if step else []
+        )
         lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
         write_atomic(out / "log.jsonl", lines.encode())
         self._write_table()

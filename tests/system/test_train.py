@@ -9,45 +9,27 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from faults.processes import shared_memory_of
-from helpers import ROOT, newest, same_weights
+from helpers import ROOT, newest, same_weights, train_command, train_error
+from helpers import run_train as run
 
 from model.training.checkpoint import Checkpoints, load
 from model.training.log import Log
-from train import main
 
 # one small, quick network: images of 67 pixels' crop pass all three pools
 SMALL = ["--gpus", "0", "--crop", "96", "--global-batch", "16", "--workers", "0", "--log-every", "2"]
 SMALL += ["--no-progress", "--no-tensorboard", "--decode-threads", "1"]
 
 
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-
-
-def run(*arguments, code=0):
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def error_of(*arguments, code=1):
-    """The one line that a wrong command line or a run that cannot begin prints; in this process."""
-    done = CliRunner().invoke(main, list(map(str, arguments)))
-    assert done.exit_code == code, (done.output, done.exception)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1, done.stderr
-    return lines[0]
-
-
-def epoch_losses(out):
+def epoch_losses(out: Any) -> Any:
     """metrics.csv's loss of each epoch, and the mean over its steps by log.jsonl."""
     rows = list(csv.DictReader((out / "metrics.csv").open()))
-    sums, before = {}, 0
+    sums: dict[int, tuple[float, int]] = {}
+    before = 0
     for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
         if entry["kind"] == "train":
             total, steps = sums.get(entry["epoch"], (0.0, 0))
@@ -57,7 +39,7 @@ def epoch_losses(out):
 
 
 @pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory):
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An uninterrupted run of two epochs."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     said = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
@@ -69,7 +51,7 @@ def whole(dataset, tmp_path_factory):
     return out
 
 
-def test_a_run_leaves_checkpoints_log_metrics_and_config(whole, dataset):
+def test_a_run_leaves_checkpoints_log_metrics_and_config(whole: Path, dataset: Path) -> None:
     steps = json.loads((dataset / "train" / "manifest.json").read_text())["count"] // 16
     val_count = json.loads((dataset / "val" / "manifest.json").read_text())["count"]
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
@@ -85,10 +67,10 @@ def test_a_run_leaves_checkpoints_log_metrics_and_config(whole, dataset):
     assert json.loads((whole / "config.json").read_text())["global_batch"] == 16
 
 
-def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path):
+def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
-    process = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(train_command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for_log(out)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
@@ -110,10 +92,10 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path
     assert found == pytest.approx(epoch_losses(whole)[0], rel=1e-6)
 
 
-def test_an_epochs_loss_from_a_damaged_log(tmp_path):
+def test_an_epochs_loss_from_a_damaged_log(tmp_path: Path) -> None:
     """What is left of the epoch counts; what was put together wrongly does not."""
 
-    def line(kind, epoch, step, loss):
+    def line(kind: Any, epoch: Any, step: Any, loss: Any) -> Any:
         more = {"top1": 0.5, "top5": 0.9} if kind == "val" else {}
         return json.dumps({"kind": kind, "epoch": epoch, "step": step, "loss": loss, **more}) + "\n"
 
@@ -135,11 +117,11 @@ def test_an_epochs_loss_from_a_damaged_log(tmp_path):
         assert [row["epoch"] for row in rows] == ["1", "2"] and rows[1]["val_loss"] == "2.0"
 
 
-def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):
+def test_two_ranks_stop_together_and_one_goes_on(whole: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "ranks"
     arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
     process = subprocess.Popen(
-        command(*arguments, "--cpu-ranks", 2),
+        train_command(*arguments, "--cpu-ranks", 2),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -160,21 +142,21 @@ def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(dataset, tmp_path_factory):
+def two_ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An uninterrupted run of two epochs on two ranks, in float32."""
     out = tmp_path_factory.mktemp("runs") / "two"
     run("--data", dataset, "--out", out, "--epochs", 2, "--cpu-ranks", 2, "--amp", "off", *SMALL)
     return out
 
 
-def test_two_ranks_follow_the_same_curve_as_one(two_ranks, dataset, tmp_path):
+def test_two_ranks_follow_the_same_curve_as_one(two_ranks: Path, dataset: Path, tmp_path: Path) -> None:
     run("--data", dataset, "--out", tmp_path / "one", "--epochs", 2, "--amp", "off", *SMALL)
     one, two = newest(tmp_path / "one"), newest(two_ranks)
     for key in one["model"]:
         torch.testing.assert_close(one["model"][key], two["model"][key], atol=5e-5, rtol=1e-3)
 
 
-def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks, dataset, tmp_path):
+def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks: Path, dataset: Path, tmp_path: Path) -> None:
     """An epoch in the hybrid layout, one in towers: as two epochs of data parallelism."""
     arguments = ["--data", dataset, "--out", tmp_path / "l", "--cpu-ranks", 2, "--amp", "off", *SMALL]
     run(*arguments, "--epochs", 1, "--layout", "hybrid")
@@ -191,14 +173,16 @@ def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks, dataset, tmp_pa
         assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
-def test_torchrun_restarts_a_run_from_its_last_checkpoint(two_ranks, dataset, tmp_path):
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(
+    two_ranks: Path, dataset: Path, tmp_path: Path
+) -> None:
     """One rank is killed; the launcher starts all ranks anew with the same command line."""
     out = tmp_path / "elastic"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
     options = ["--data", dataset, "--out", out, "--epochs", 2, "--amp", "off", "--save-every", 2, *SMALL]
     process = subprocess.Popen(
-        [*launcher, *command(*options, "--auto-resume")[1:]],
+        [*launcher, *train_command(*options, "--auto-resume")[1:]],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -218,7 +202,7 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(two_ranks, dataset, tm
     assert steps == sorted(steps) and steps[-1] == newest(out)["step"] == 12
 
 
-def test_accumulating_gives_the_same_step(dataset, tmp_path):
+def test_accumulating_gives_the_same_step(dataset: Path, tmp_path: Path) -> None:
     run("--data", dataset, "--out", tmp_path / "a", "--epochs", 1, "--amp", "off", *SMALL)
     run("--data", dataset, "--out", tmp_path / "b", "--epochs", 1, "--amp", "off", "--accumulate", 4, *SMALL)
     two_ranks = ["--cpu-ranks", 2, "--accumulate", 2]
@@ -230,12 +214,12 @@ def test_accumulating_gives_the_same_step(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["owt", "bn"])
-def test_the_other_variants_train(dataset, tmp_path, variant):
+def test_the_other_variants_train(dataset: Path, tmp_path: Path, variant: str) -> None:
     run("--data", dataset, "--out", tmp_path / variant, "--epochs", 1, "--variant", variant, *SMALL)
     assert newest(tmp_path / variant)["variant"] == variant
 
 
-def test_a_config_repeats_its_run(whole, dataset, tmp_path):
+def test_a_config_repeats_its_run(whole: Path, dataset: Path, tmp_path: Path) -> None:
     run("--config", whole / "config.json", "--out", tmp_path / "again", "--epochs", 1)
     config = [json.loads((o / "config.json").read_text()) for o in (whole, tmp_path / "again")]
     assert {k for k in config[0] if config[0][k] != config[1][k]} == {"out", "epochs"}
@@ -244,12 +228,12 @@ def test_a_config_repeats_its_run(whole, dataset, tmp_path):
     ]
     assert first[0] == first[1]
     (tmp_path / "bad.json").write_text('{"learning_rate": 1}')
-    assert "learning_rate" in error_of("--config", tmp_path / "bad.json")
+    assert "learning_rate" in train_error("--config", tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text("lr: 1")
-    assert "not a config.json" in error_of("--config", tmp_path / "bad.json")
+    assert "not a config.json" in train_error("--config", tmp_path / "bad.json")
 
 
-def test_weights_and_biases_get_every_curve(dataset, tmp_path):
+def test_weights_and_biases_get_every_curve(dataset: Path, tmp_path: Path) -> None:
     """Against a stand-in for the package, which is an extra and wants an account."""
     (tmp_path / "wandb.py").write_text(
         "import json\n"
@@ -260,7 +244,7 @@ def test_weights_and_biases_get_every_curve(dataset, tmp_path):
         f"def note(what):\n    open({str(tmp_path / 'calls')!r}, 'a').write(json.dumps(what) + '\\n')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    arguments = command("--data", dataset, "--out", tmp_path / "w", "--epochs", 1, "--wandb", *SMALL)
+    arguments = train_command("--data", dataset, "--out", tmp_path / "w", "--epochs", 1, "--wandb", *SMALL)
     subprocess.run(arguments, env=environment, check=True, cwd=ROOT, timeout=200)
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert calls[0] == ["init", "w", 0.01] and calls[-1] == ["finish"]
@@ -272,7 +256,7 @@ def test_weights_and_biases_get_every_curve(dataset, tmp_path):
     ] in calls
 
 
-def wait_for_log(out):
+def wait_for_log(out: Any) -> None:
     """Until the first line of the log is written."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
@@ -281,59 +265,61 @@ def wait_for_log(out):
         time.sleep(0.02)
 
 
-def one_line_error(done):
+def one_line_error(done: Any) -> Any:
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1, done.stderr
     return lines[0]
 
 
-def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
+def test_what_is_wrong_is_said_in_one_line(whole: Path, dataset: Path, tmp_path: Path) -> None:
     data = ["--data", dataset]
-    error = error_of("--data", tmp_path / "none", *SMALL)
+    error = train_error("--data", tmp_path / "none", *SMALL)
     assert "no data set" in error and "build_lmdb.py" in error
-    error = error_of(*data, "--out", whole, *SMALL)
+    error = train_error(*data, "--out", whole, *SMALL)
     assert "--resume" in error and str(whole) in error
-    error = error_of(*data, "--out", whole, "--resume", "--variant", "bn", *SMALL)
+    error = train_error(*data, "--out", whole, "--resume", "--variant", "bn", *SMALL)
     assert "variant paper, not bn" in error
-    error = error_of(*data, "--out", whole, "--resume", "--weight-decay", "0.1", *SMALL)
+    error = train_error(*data, "--out", whole, "--resume", "--weight-decay", "0.1", *SMALL)
     assert "weight_decay 0.0005, not 0.1" in error
-    error = error_of(*data, "--out", whole, "--auto-resume", "--recipe", "owt", *SMALL)
+    error = train_error(*data, "--out", whole, "--auto-resume", "--recipe", "owt", *SMALL)
     assert "the run in" in error and "leave that option out" in error
-    error = error_of(*data, "--out", tmp_path / "c", "--fall-back", *SMALL, code=2)
+    error = train_error(*data, "--out", tmp_path / "c", "--fall-back", *SMALL, code=2)
     assert "--resume" in error
     (tmp_path / "file").touch()
-    error = error_of(*data, "--out", tmp_path / "file", *SMALL)
+    error = train_error(*data, "--out", tmp_path / "file", *SMALL)
     assert "cannot write" in error
-    error = error_of(*data, "--out", tmp_path / "new", "--resume", *SMALL)
+    error = train_error(*data, "--out", tmp_path / "new", "--resume", *SMALL)
     assert "no checkpoint" in error
-    error = error_of(*data, "--out", tmp_path / "b", *SMALL, "--global-batch", 4096)
+    error = train_error(*data, "--out", tmp_path / "b", *SMALL, "--global-batch", 4096)
     assert "fewer than one global batch" in error
-    error = error_of(*data, "--out", tmp_path / "c", *SMALL, "--cpu-ranks", 3, code=2)
+    error = train_error(*data, "--out", tmp_path / "c", *SMALL, "--cpu-ranks", 3, code=2)
     assert "does not divide" in error
     towers = ["--cpu-ranks", 2, "--layout", "towers"]
-    error = error_of(*data, "--out", tmp_path / "c", *SMALL, *towers, "--compile", code=2)
+    error = train_error(*data, "--out", tmp_path / "c", *SMALL, *towers, "--compile", code=2)
     assert "--layout data" in error
-    error = error_of(*data, "--out", tmp_path / "c", *SMALL, "--compress", code=2)
+    error = train_error(*data, "--out", tmp_path / "c", *SMALL, "--compress", code=2)
     assert "several ranks" in error
-    error = error_of(*data, "--out", tmp_path / "d", *SMALL, "--gpus", 99)
+    error = train_error(*data, "--out", tmp_path / "d", *SMALL, "--gpus", 99)
     assert "99" in error
-    error = error_of(*data, "--out", tmp_path / "e", *SMALL, "--crop", 20)
+    error = train_error(*data, "--out", tmp_path / "e", *SMALL, "--crop", 20)
     assert "20" in error
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(whole, dataset, tmp_path):
+def test_a_damaged_checkpoint_is_refused_by_name(whole: Path, dataset: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "run"
     damaged.mkdir()
     newest_path = Checkpoints(whole).paths()[0]
     content = bytearray(newest_path.read_bytes())
     content[len(content) // 2] ^= 1
     (damaged / newest_path.name).write_bytes(content)
-    error = error_of("--data", dataset, "--out", damaged, "--resume", *SMALL)
+    error = train_error("--data", dataset, "--out", damaged, "--resume", *SMALL)
     assert newest_path.name in error and "damaged" in error
 
 
-def test_falling_back_on_the_checkpoint_before_changes_nothing(whole, dataset, tmp_path):
+def test_falling_back_on_the_checkpoint_before_changes_nothing(
+    whole: Path, dataset: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     out.mkdir()
     paths = Checkpoints(whole).paths()
@@ -343,21 +329,21 @@ def test_falling_back_on_the_checkpoint_before_changes_nothing(whole, dataset, t
     content[len(content) // 3] ^= 1
     (out / paths[0].name).unlink()
     (out / paths[0].name).write_bytes(content)
-    assert "--fall-back" in error_of("--data", dataset, "--out", out, "--resume")
+    assert "--fall-back" in train_error("--data", dataset, "--out", out, "--resume")
     done = run("--data", dataset, "--out", out, "--resume", "--fall-back")
     assert "passed over" in done.stdout and paths[0].name in done.stdout
     assert same_weights(newest(out), newest(whole))
 
 
-def test_a_damaged_config_is_not_taken_for_the_defaults(whole, dataset, tmp_path):
+def test_a_damaged_config_is_not_taken_for_the_defaults(whole: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     os.link(Checkpoints(whole).paths()[0], out / "checkpoint-000000012.pt")
     (out / "config.json").write_text((whole / "config.json").read_text()[:99])
-    assert "is not a config.json of a run" in error_of("--data", dataset, "--out", out, "--resume")
+    assert "is not a config.json of a run" in train_error("--data", dataset, "--out", out, "--resume")
 
 
-def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
+def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset: Path, tmp_path: Path) -> None:
     done = run("--data", dataset, "--out", tmp_path / "r", "--epochs", 9, *SMALL, "--lr", "1e30", code=1)
     assert "diverged" in one_line_error(done)
 
@@ -367,7 +353,7 @@ def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
     "extra",
     [[], ["--amp", "fp16"], ["--amp", "off"], ["--compile"], ["--variant", "bn", "--optimizer", "lars"]],
 )
-def test_a_gpu_trains_and_resumes(dataset, tmp_path, extra):
+def test_a_gpu_trains_and_resumes(dataset: Path, tmp_path: Path, extra: Any) -> None:
     arguments = ["--data", dataset, "--out", tmp_path / "g", "--global-batch", "16", "--no-progress", *extra]
     run(*arguments, "--epochs", "1")
     run(*arguments, "--epochs", "2", "--resume")
@@ -375,12 +361,12 @@ def test_a_gpu_trains_and_resumes(dataset, tmp_path, extra):
     assert load(tmp_path / "g" / "best.pt")["best"] >= 0
 
 
-def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset, tmp_path):
+def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
     """The terminal sends SIGINT to every process of the command, the readers included."""
     out = tmp_path / "c"
     arguments = ["--data", dataset, "--out", out, "--epochs", 50, *SMALL, "--workers", "1"]
     process = subprocess.Popen(
-        command(*arguments),
+        train_command(*arguments),
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -395,9 +381,11 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset, tmp_path):
     assert newest(out)["step"] > 0
 
 
-def test_no_process_outlives_a_run(dataset, tmp_path):
+def test_no_process_outlives_a_run(dataset: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        command("--data", dataset, "--out", tmp_path / "k", "--epochs", 50, *SMALL[:-2], "--workers", "1"),
+        train_command(
+            "--data", dataset, "--out", tmp_path / "k", "--epochs", 50, *SMALL[:-2], "--workers", "1"
+        ),
         cwd=ROOT,
         start_new_session=True,
     )

@@ -8,7 +8,7 @@ from torch import nn
 from base.errors import ModelError
 from model.alexnet import AlexNet
 from model.dropout import KeyedDropout
-from tools.peers import import_torchvision
+from tools.bench.reference import import_torchvision
 
 
 def images(count, size=224, seed=0):

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from base.errors import ModelError
 from base.files import temporary_path
@@ -23,6 +24,20 @@ def test_round_trip_and_still_an_ordinary_torch_file(tmp_path):
         assert torch.equal(back["model"]["w"], STATE["model"]["w"]) and back["step"] == 7
     assert zipfile.ZipFile(path).testzip() is None
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_tensors_are_saved_from_the_cpu(tmp_path, monkeypatch):
+    """As fake CUDA tensors show without a GPU."""
+    saved = []
+    write = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: (saved.append(state), write({}, file)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.empty(3, device="cuda")
+        optimizer = {"state": {0: {"momentum_buffer": weight}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+        save(tmp_path / "c.pt", {"model": {"w": weight}, "optimizer": optimizer, "step": 7})
+    assert saved[0]["model"]["w"].device.type == "cpu" and saved[0]["step"] == 7
+    assert saved[0]["optimizer"]["state"][0]["momentum_buffer"].device.type == "cpu"
+    assert saved[0]["optimizer"]["param_groups"] == optimizer["param_groups"]
 
 
 def test_every_flipped_byte_and_every_truncation_is_refused_by_name(tmp_path):

@@ -47,8 +47,8 @@ def test_the_last_layer_begins_anew_where_classes_differ(tmp_path: Path) -> None
 
 
 def test_a_run_and_its_exported_safetensors_give_the_same_network(dataset: Path, tmp_path: Path) -> None:
-    from tools.common import load_run
-    from tools.export import to_safetensors
+    from tools.lib.formats import to_safetensors
+    from tools.lib.runs import load_run
 
     run = make_run(tmp_path / "run", dataset, drop_layers=["conv3"], activation="tanh")
     to_safetensors(load_run(run), tmp_path / "net.safetensors")

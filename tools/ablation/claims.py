@@ -12,7 +12,7 @@ from typing import Any
 from base.errors import ModelError
 from model.training.checkpoint import Checkpoints
 from tools.ablation.jobs import Job, Workers, read_json
-from tools.common import write_text
+from tools.lib.cli import write_text
 
 BASELINE = "baseline"
 

@@ -13,7 +13,7 @@ from base.errors import ModelError
 from pipeline.shards import MANIFEST, ShardReader
 from tools.ablation.claims import spread
 from tools.ablation.jobs import ROOT, Job, Workers, reaches, read_json
-from tools.common import write_text
+from tools.lib.cli import write_text
 
 TARGET = 0.25  # the training error that both networks have to reach
 

@@ -28,7 +28,7 @@ from model.training.checkpoint import Checkpoints
 from model.training.config import Config
 from model.training.log import epochs_of, read_log
 from model.training.watch import SHARE
-from tools.common import write_text
+from tools.lib.cli import write_text
 from train import EXIT_INTERRUPTED
 from train import main as train_command
 
@@ -218,7 +218,7 @@ def read_json(path: Path) -> Any:
 
 def measured(job: Job) -> dict[str, Any]:
     """Validation curves and training errors of a job, an entry an epoch; steps until it began to learn."""
-    log = read_log(job.out)
+    log = read_log(job.out, strict=False)
     validations = [entry for entry in log if entry["kind"] == "val"]
     return {
         "epochs": len(validations),
@@ -231,7 +231,7 @@ def measured(job: Job) -> dict[str, Any]:
 
 def epoch_errors(out: Path) -> list[float]:
     """The running training error of every complete epoch (train.py --train-error), each batch before its update."""
-    return [row["error"] for row in epochs_of(read_log(out)) if row["error"] is not None]
+    return [row["error"] for row in epochs_of(read_log(out, strict=False)) if row["error"] is not None]
 
 
 def steps_to_learn(log: list[dict[str, Any]]) -> int | None:

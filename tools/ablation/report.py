@@ -13,8 +13,8 @@ import click
 from matplotlib.figure import Figure
 
 from tools.ablation.jobs import Job
-from tools.common import write_text
-from tools.pictures import COLORS, new_figure
+from tools.lib.cli import write_text
+from tools.lib.figures import COLORS, new_figure
 
 
 def report(parts: dict[str, Any], failed: list[str], out: Path) -> None:
