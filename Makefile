@@ -9,7 +9,7 @@ DATA ?=
 # faults: folders of images to begin the damaged ones from
 CORPUS ?=
 
-.PHONY: install demo test test-slow lint bench faults
+.PHONY: install demo test test-slow lint bench bench-peers faults
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,13 @@ lint: install
 
 bench: install
 	$(BIN)/python tools/benchmark.py $(if $(DATA),'$(DATA)')
+
+# other loaders beside ours, in an environment of their own; what does not install is named and left out
+bench-peers: install
+	$(PYTHON) -m venv .venv-peers
+	grep -v '^#' tools/bench/peers.txt | while read -r package; do \
+	  .venv-peers/bin/python -m pip install --quiet "$$package" || echo "$$package is not installed"; done
+	$(BIN)/python tools/benchmark.py $(if $(DATA),'$(DATA)') --stage peers
 
 faults: install
 	PYTHONPATH=tests $(BIN)/python -m faults $(foreach folder,$(CORPUS),--corpus '$(folder)')

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.load.plan import AUGMENTATIONS, Plan
 from tools.lib import cli
 
 if TYPE_CHECKING:
@@ -44,26 +43,16 @@ def save(figure: Figure, out: Path) -> None:
 @cli.out_option("batch.png")
 @cli.option("--images", type=click.IntRange(1, 64), default=12, help="How many images of the batch to draw.")
 @cli.option("--step", type=click.IntRange(0), default=0, help="The training step; the first one is 0.")
-@cli.option(
-    "--global-batch", type=click.IntRange(1), default=128, help="Images a step; at most what DATA/train has."
-)
-@cli.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="The run's seed.")
-@cli.option("--crop", type=click.IntRange(1), default=224, help="Side of the network's input in pixels.")
-@cli.option(
-    "--mean",
-    type=click.Choice(cli.MEANS),
+@cli.train_option("global_batch", "Images a step; at most what DATA/train has.", default=128)
+@cli.train_option("seed", "The run's seed.")
+@cli.train_option("crop", "Side of the network's input in pixels.")
+@cli.train_option(
+    "mean",
+    "What is subtracted: the mean image, one level for each channel (of the data, or ImageNet's), or nothing.",
     default="pixel",
-    help="What is subtracted: the mean image, one level for each channel, or nothing.",
 )
-@cli.option(
-    "--augment",
-    type=click.Choice(AUGMENTATIONS),
-    default="all",
-    help="Random crops and flips (all), one of the two, or none.",
-)
-@cli.option(
-    "--color-std", type=click.FloatRange(0), default=0.1, help="Strength of the PCA colour shift; 0 is off."
-)
+@cli.train_option("augment", "Random crops and flips (all), one of the two, or none.")
+@cli.train_option("color_std", "Strength of the PCA colour shift; 0 is off.")
 def batch(
     data: Path,
     out: Path,
@@ -81,6 +70,7 @@ def batch(
     With train.py's options these are the very images, crops, flips and colours of that step. Each image is
     drawn as it is stored, with its crop; as augmented; and as the network's input, minus the mean (grey is 0).
     """
+    from pipeline.load.plan import Plan
     from pipeline.preprocess import Preprocess
     from pipeline.shards import ShardReader
     from tools.lib.figures import batch_figure

@@ -100,13 +100,17 @@ def dali(config: Config) -> Any:
         )
         return images, labels
 
-    def loader() -> Iterator[Any]:
-        pipe = graph()
-        pipe.build()
-        iterator = DALIGenericIterator([pipe], ["images", "labels"], reader_name="reader", auto_reset=True)
-        return ((batch[0]["images"], batch[0]["labels"]) for batch in iterator)
+    class Epochs:
+        def __init__(self) -> None:
+            pipe = graph()
+            pipe.build()
+            names = ["images", "labels"]
+            self.batches = DALIGenericIterator([pipe], names, reader_name="reader", auto_reset=True)
 
-    return loader
+        def __iter__(self) -> Iterator[Any]:
+            return ((batch[0]["images"], batch[0]["labels"]) for batch in self.batches)
+
+    return Epochs
 
 
 def torchvision(config: Config) -> Any:
@@ -231,9 +235,14 @@ LOADERS = {
 
 def forever(loader: Any) -> Iterator[Any]:
     """Batches, epoch after epoch."""
-    epoch = loader()
+    epochs = loader()
     while True:
-        yield from epoch
+        count = 0
+        for batch in epochs:
+            count += 1
+            yield batch
+        if not count:
+            raise SystemExit("an epoch without a batch: give more images or a smaller --batch")
 
 
 def anonymous_memory() -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from base.errors import ModelError
+from model.training.config import Config
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 TOP = 5  # guesses that are counted and shown
@@ -34,6 +35,13 @@ def file_option(name: str, help: str) -> Callable[[Any], Any]:
     """An optional file to write; its parameter ends in _path, so that `--json` hides no module."""
     parameter = name.removeprefix("--").replace("-", "_") + "_path"
     return click.option(name, parameter, type=click.Path(dir_okay=False, path_type=Path), help=help)
+
+
+def train_option(name: str, help: str, default: Any = None) -> Callable[[Any], Any]:
+    """An option of train.py, with its type and its default, or `default` where that depends on other options."""
+    field = Config.__dataclass_fields__[name]
+    default = field.default if default is None else default
+    return option(f"--{name.replace('_', '-')}", type=field.metadata["type"], default=default, help=help)
 
 
 def out_option(default: str) -> Callable[[Any], Any]:

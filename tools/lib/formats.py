@@ -19,7 +19,7 @@ from base.errors import DataError, ModelError
 from model.alexnet import AlexNet
 from model.lrn import LRN
 from model.training import checkpoint
-from pipeline.preprocess import Preprocess
+from pipeline.preprocess import IMAGENET_MEAN, Preprocess
 from pipeline.shards import MANIFEST, Manifest
 from tools.lib.cli import cannot_write
 from tools.lib.runs import Classes, Run
@@ -89,14 +89,14 @@ def describe(preprocess: Preprocess) -> str:
     offset = (size - crop) // 2
     means = {
         "pixel": f"subtract the same {crop} x {crop} window of the mean image (mean_pixels, not its average)",
-        "channel": "subtract channel_mean, one level for each channel",
         "none": "subtract nothing",
     }
+    mean = means.get(mode, "subtract channel_mean, one level for each channel")
     return (
         "Decode to 8-bit RGB (ignore EXIF orientation, drop alpha); cut out the central square whose side is the "
         f"short side; resize it to {size} x {size} pixels, with an area filter (cv2.INTER_AREA) if that shrinks it "
         f"and a bicubic one (cv2.INTER_CUBIC) if it enlarges it, and round to 8 bits; take the centre crop of "
-        f"{crop} x {crop} pixels, rows and columns from {offset}; in float32 and levels of 0..255 {means[mode]}; "
+        f"{crop} x {crop} pixels, rows and columns from {offset}; in float32 and levels of 0..255 {mean}; "
         f"do not divide; order as (N, 3, {crop}, {crop}), red first."
     )
 
@@ -259,7 +259,9 @@ def from_torchvision(
         first = next(network.features.parameters())
         first.copy_(first.double() / (255 * torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1))
     levels = np.tile(255 * np.array(mean, np.float32), (size, size, 1))
-    preprocess = Preprocess(size, network.image_size, "channel", levels, basis.astype(np.float32))
+    # training on from these weights takes the mean of this name
+    mode = "imagenet" if mean == IMAGENET_MEAN else "channel"
+    preprocess = Preprocess(size, network.image_size, mode, levels, basis.astype(np.float32))
     # as train.py's, without what only training needs: nothing to --resume
     saved = {
         "model": network.state_dict(),

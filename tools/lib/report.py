@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from model.parallel.ranks import Ranks
+from model.training.config import Config
 from model.training.log import read_log
 from pipeline.load.plan import Plan
 from pipeline.shards import ShardReader
@@ -40,14 +41,15 @@ def make_report(
     (scores,) = judge([trained], val, ranks, crops=crops, workers=workers, progress=progress)
     overall = scores.overall()
     config = read_config(folder)
+    options = {**vars(Config()), "global_batch": 128, **config}
     plan = Plan(
         count=len(train),
-        global_batch=min(config.get("global_batch", 128), len(train)),
-        seed=config.get("seed", 0),
+        global_batch=min(options["global_batch"], len(train)),
+        seed=options["seed"],
         size=train.manifest.size,
         crop=trained.preprocess.crop,
-        augment=config.get("augment", "all"),
-        color_std=config.get("color_std", 0.1),
+        augment=options["augment"],
+        color_std=options["color_std"],
     )
     parameters = sum(p.numel() for p in trained.network.parameters())
     facts = {
