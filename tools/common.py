@@ -130,8 +130,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def class_names(classes: Classes) -> list[str]:
-    """What people read: the first of a class's names, or its wnid where it has none."""
-    return [str(c["name"] or c["wnid"]).split(",")[0] for c in classes]
+    """What people read: the first of a class's names, or the whole name of its folder where it has none."""
+    return [c["name"].split(",")[0] if c["name"] else str(c["wnid"]) for c in classes]
 
 
 def check_size(run: Run, manifest: Manifest, where: Path) -> None:
