@@ -1,33 +1,133 @@
-"""Files that survive a crash: written whole or not at all, and flushed to the disk."""
+"""Files that survive a crash, locks between processes, and reading of files that a stranger may have made."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
+
+from base.errors import UserError
+
+_TEMPORARY = r"\.[0-9a-f]{16}\.tmp"  # what `temporary_path` adds to a name
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Never waits: a pipe, a device or a folder is an OSError, as is a file of more than `limit` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and (limit is None or status.st_size <= limit):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    raise OSError(errno.EFBIG, f"larger than {limit or 0:,} bytes", str(path))
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes; see `open_regular`."""
+    with open_regular(path, limit) as file:
+        return file.read()
 
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# --- writing -----------------------------------------------------------------------------------------------
+
+
 def fsync_directory(path: Path) -> None:
-    """Make the renames inside `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make new names and renames inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def make_directory(path: Path) -> None:
+    """Create `path` and its missing parents so that they survive a power cut; it may exist already."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        fsync_directory(folder.parent)
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name beside `path` that nobody can foresee and so prepare a link at."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+@contextmanager
+def atomic_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path`, flushed to the disk, when the block ends.
+
+    After a crash or an error in the block, `path` is the old file. `mode` is limited by the umask.
+    """
+    temporary = temporary_path(path)
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_directory(path.parent)
+
+
+def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the whole new one."""
+    with atomic_file(path, mode) as file:
+        file.write(content)
+
+
+def remove_temporary(folder: Path, names: str) -> None:
+    """Remove what killed processes left of writing files whose names match the regular expression `names`."""
+    for path in folder.iterdir():
+        if re.fullmatch(f"({names}){_TEMPORARY}", path.name) and stat.S_ISREG(path.lstat().st_mode):
+            path.unlink(missing_ok=True)
+
+
+# --- locks -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock(path: Path, taken: str, wait: bool = False) -> Iterator[None]:
+    """Hold a folder, or a file, which is created, for this process.
+
+    Raises UserError with the message `taken` where another holds it, unless it is to `wait`. The kernel lets go of
+    it when the process ends, however it ends. File systems without locks are not guarded; on NFS, folders are not.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(taken) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+                raise
+        yield
+    finally:
+        os.close(descriptor)

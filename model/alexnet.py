@@ -1,9 +1,10 @@
 """AlexNet and its variants (Krizhevsky, Sutskever, Hinton, NIPS 2012, section 3 and figure 2).
 
-    paper   the network of the paper: local response normalisation, conv2, conv4 and conv5 in two groups
-    owt     torchvision's `alexnet` (the single-column network of "One weird trick", 2014), state dicts included
-    bn      the paper's widths in one column, batch normalisation after each convolution in place of LRN
-    cifar   a four-layer network for 32x32 images, as in figure 1
+    paper         the network of the paper: response normalisation; conv2, conv4 and conv5 in two groups
+    owt           torchvision's `alexnet` (the single column of "One weird trick", 2014), state dicts included
+    bn            the paper's widths in one column, batch normalisation after each convolution in place of LRN
+    cifar-80sec   the same author's networks for CIFAR-10, from the files layers-80sec.cfg and layers-18pct.cfg of
+    cifar-18pct   cuda-convnet (https://github.com/dnouri/cuda-convnet/tree/master/example-layers)
 
 Images go in as (N, 3, image_size, image_size) floating point, logits come out as (N, num_classes). All layers
 keep the channels-last memory format, which is the fast one on CPUs and GPUs alike.
@@ -12,34 +13,15 @@ keep the channels-last memory format, which is the fast one on CPUs and GPUs ali
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import ModelError
 from model.dropout import KeyedDropout
 from model.lrn import LRN
 
-
-class Variant(NamedTuple):
-    """What sets one network apart from another; `groups` and `lrn` are defaults."""
-
-    widths: tuple[int, ...]  # of the convolutions, in channels
-    groups: int
-    lrn: bool
-    batch_norm: bool
-
-
-VARIANTS = {
-    "paper": Variant(widths=(96, 256, 384, 384, 256), groups=2, lrn=True, batch_norm=False),
-    "owt": Variant(widths=(64, 192, 384, 256, 256), groups=1, lrn=False, batch_norm=False),
-    # AlexNet-BN, as large-batch work trains it (You et al., arXiv:1709.05011): batch normalisation takes the place
-    # of LRN and of the convolutions' biases. In one column: the groups served to fit two GPUs of 3 GB.
-    "bn": Variant(widths=(96, 256, 384, 384, 256), groups=1, lrn=False, batch_norm=True),
-    # Figure 1 tells only "a four-layer convolutional neural network". This is the layout of cuda-convnet's
-    # "layers-80sec" for CIFAR-10, of the same author: an assumption.
-    "cifar": Variant(widths=(32, 32, 64), groups=1, lrn=False, batch_norm=False),
-}
 DROPPABLE = ("conv2", "conv3", "conv4", "conv5")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -49,17 +31,87 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 HIDDEN = 4096
 
 
+# --- one function a variant: a layer a line, with the size of its output ---------------------------------------
+
+
+def _paper(net: "_Builder") -> None:
+    """Figure 2 of the paper, both towers. Sizes are those of 224x224 images."""
+    net.conv(1, 96, kernel=11, stride=net.stride, padding=2)  #  96 x 55 x 55
+    net.lrn(1)
+    net.max_pool(1)  #                                            96 x 27 x 27
+    net.conv(2, 256, kernel=5, groups=net.groups)  #             256 x 27 x 27
+    net.lrn(2)
+    net.max_pool(2)  #                                           256 x 13 x 13
+    net.conv(3, 384, kernel=3)  #                                384 x 13 x 13
+    net.conv(4, 384, kernel=3, groups=net.groups)  #             384 x 13 x 13
+    net.conv(5, 256, kernel=3, groups=net.groups)  #             256 x 13 x 13
+    net.max_pool(5)  #                                           256 x  6 x  6
+    net.linear(6, HIDDEN)
+    net.dropout(6)
+    net.linear(7, HIDDEN)
+    net.dropout(7)
+    net.linear(8)
+
+
+def _owt(net: "_Builder") -> None:
+    """torchvision.models.alexnet: one column, dropout before the hidden layers, an average pool to 6x6."""
+    net.conv(1, 64, kernel=11, stride=net.stride, padding=2)  #   64 x 55 x 55
+    net.lrn(1)
+    net.max_pool(1)  #                                            64 x 27 x 27
+    net.conv(2, 192, kernel=5, groups=net.groups)  #             192 x 27 x 27
+    net.lrn(2)
+    net.max_pool(2)  #                                           192 x 13 x 13
+    net.conv(3, 384, kernel=3)  #                                384 x 13 x 13
+    net.conv(4, 256, kernel=3, groups=net.groups)  #             256 x 13 x 13
+    net.conv(5, 256, kernel=3, groups=net.groups)  #             256 x 13 x 13
+    net.max_pool(5)  #                                           256 x  6 x  6
+    net.average_to(
+        6
+    )  #                                         256 x  6 x  6, whatever the size of the images
+    net.dropout(6)
+    net.linear(6, HIDDEN)
+    net.dropout(7)
+    net.linear(7, HIDDEN)
+    net.linear(8)
+
+
+def _cifar(net: "_Builder") -> None:
+    """layers-80sec.cfg and layers-18pct.cfg, in which pools round the size of their output up."""
+    net.conv(1, 32, kernel=5)  #                                  32 x 32 x 32
+    net.max_pool(1, ceil=True)  #                                 32 x 16 x 16
+    net.spatial_lrn(1)
+    net.conv(2, 32, kernel=5)  #                                  32 x 16 x 16
+    net.average_pool(2)  #                                        32 x  8 x  8
+    net.spatial_lrn(2)
+    net.conv(3, 64, kernel=5)  #                                  64 x  8 x  8
+    net.average_pool(3)  #                                        64 x  4 x  4
+    if net.variant == "cifar-80sec":
+        net.linear(64, 64)
+    net.linear(10)
+
+
+# What a variant is unless the options say otherwise. AlexNet-BN is as large-batch work trains it (You et al.,
+# arXiv:1709.05011): batch normalisation takes the place of LRN and of the convolutions' biases; one column, for the
+# groups served to fit two GPUs of 3 GB.
+VARIANTS: dict[str, tuple[Callable[["_Builder"], None], dict[str, Any]]] = {
+    "paper": (_paper, {"groups": 2, "lrn": True}),
+    "owt": (_owt, {"groups": 1, "lrn": False}),
+    "bn": (_paper, {"groups": 1, "lrn": False}),
+    "cifar-80sec": (_cifar, {"groups": 1, "lrn": False}),
+    "cifar-18pct": (_cifar, {"groups": 1, "lrn": True}),
+}
+
+
 class AlexNet(nn.Module):
     """AlexNet as `features` (convolutions) and `classifier` (fully connected layers), two Sequentials.
 
     The layers are named after the paper (`features.conv1`, `classifier.fc6`), those of `owt` are numbered as
-    torchvision numbers them. Weights have PyTorch's default initialisation; for the paper's see
-    `model.training.recipe`.
+    torchvision numbers them. Weights have PyTorch's default initialisation; `model.training.recipe` has others.
 
     Args:
-        num_classes: outputs of fc8.
-        variant: "paper", "owt", "bn" or "cifar" (see the module). "cifar" has no dropout, and of the options below
-            only `image_size` and `activation`.
+        num_classes: outputs of the last layer.
+        variant: one of VARIANTS (see the module). The two for CIFAR have no dropout, and of the options below only
+            `image_size` and `activation`.
         dropout: probability of dropping an output of fc6 and fc7 (section 4.2), or, in `owt`, an input.
         image_size: height and width of the images in pixels. The paper says 224; its 55x55 maps after conv1 take
             the 2 pixels of padding that conv1 has here.
@@ -74,6 +126,7 @@ class AlexNet(nn.Module):
     Attributes:
         options: the options from `stride` on that differ from the variant's own, as plain values: with
             `num_classes`, `variant` and `image_size` they make this network again.
+        convolutions: the numbers of the convolutions, in order, without those left out.
 
     Raises:
         ModelError: an option that makes no network, or images too small for it.
@@ -107,97 +160,36 @@ class AlexNet(nn.Module):
             raise ModelError(
                 f"num_classes {num_classes}, stride {stride}, pool {pool}: all must be at least 1"
             )
-        widths, default_groups, default_lrn, batch_norm = VARIANTS[variant]
-        groups = default_groups if groups is None else groups
-        lrn = default_lrn if lrn is None else lrn
+        build, own = VARIANTS[variant]
+        defaults = {"stride": 4, "activation": "relu", "pool": [3, 2], "drop_layers": [], **own}
+        given = {
+            "stride": stride,
+            "activation": activation,
+            "groups": own["groups"] if groups is None else groups,
+            "lrn": own["lrn"] if lrn is None else lrn,
+            "pool": list(pool),
+            "drop_layers": sorted(set(drop_layers)),
+        }
         self.variant, self.image_size = variant, image_size
-        defaults: dict[str, Any] = {"stride": 4, "activation": "relu", "groups": default_groups}
-        defaults |= {"lrn": default_lrn, "pool": [3, 2], "drop_layers": []}
-        given = {"stride": stride, "activation": activation, "groups": groups, "lrn": lrn, "pool": list(pool)}
-        given["drop_layers"] = sorted(set(drop_layers))
         self.options = {name: value for name, value in given.items() if value != defaults[name]}
-        if variant == "cifar":
-            self._build_cifar(num_classes, ACTIVATIONS[activation])
-            return
-        if (side := _last_side(image_size, stride, pool)) < 1:
-            enough = next(size for size in count(image_size) if _last_side(size, stride, pool) >= 1)
+        if build is _cifar and self.options.keys() - {"activation"}:
             raise ModelError(
-                f"images of {image_size} pixels are too small for conv1's stride of {stride} and 3 pools {pool}: "
-                f"use at least {enough} pixels, or a smaller stride"
-            )
-
-        self.convolutions = [n for n in range(1, 6) if f"conv{n}" not in drop_layers]
-        features: dict[str, nn.Module] = {}
-        channels = 3
-
-        def convolution(layer: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
-            nonlocal channels
-            if layer not in self.convolutions:
-                return
-            width = widths[layer - 1]
-            # conv1's padding makes 55x55 maps of 224x224 images; the others keep the size of their input.
-            padding = 2 if layer == 1 else kernel // 2
-            features[f"conv{layer}"] = nn.Conv2d(
-                channels, width, kernel, stride, padding, groups=groups, bias=not batch_norm
-            )
-            if batch_norm:
-                features[f"bn{layer}"] = nn.BatchNorm2d(width)
-            features[f"act{layer}"] = ACTIVATIONS[activation]()
-            channels = width
-
-        convolution(1, kernel=11, stride=stride)
-        if lrn:
-            features["lrn1"] = LRN()
-        features["pool1"] = nn.MaxPool2d(*pool)
-        convolution(2, kernel=5, groups=groups)
-        if lrn and 2 in self.convolutions:
-            features["lrn2"] = LRN()
-        features["pool2"] = nn.MaxPool2d(*pool)
-        convolution(3, kernel=3)
-        convolution(4, kernel=3, groups=groups)
-        convolution(5, kernel=3, groups=groups)
-        features["pool5"] = nn.MaxPool2d(*pool)
-
-        # torchvision averages the last maps to 6x6, so that its fc6 takes images of any size.
-        self.avgpool = nn.AdaptiveAvgPool2d(6) if variant == "owt" else nn.Identity()
-        side = 6 if variant == "owt" else side
-        drop6, drop7 = ((f"drop{layer}", KeyedDropout(dropout, salt=layer)) for layer in (6, 7))
-        fc6, fc7 = ("fc6", nn.Linear(channels * side * side, HIDDEN)), ("fc7", nn.Linear(HIDDEN, HIDDEN))
-        act6, act7 = ((f"act{layer}", ACTIVATIONS[activation]()) for layer in (6, 7))
-        # Section 4.2 drops the outputs of the hidden layers, torchvision the inputs.
-        hidden = (
-            [drop6, fc6, act6, drop7, fc7, act7] if variant == "owt" else [fc6, act6, drop6, fc7, act7, drop7]
-        )
-        classifier = dict([*hidden, ("fc8", nn.Linear(HIDDEN, num_classes))])
-        self.features, self.classifier = (
-            nn.Sequential(*layers.values()) if variant == "owt" else nn.Sequential(OrderedDict(layers))
-            for layers in (features, classifier)
-        )
-
-    def _build_cifar(self, num_classes: int, activation: Callable[[], nn.Module]) -> None:
-        """conv1 and max pool, conv2 and conv3 with mean pools, fc4; pools of 3 and 2 that round sizes up."""
-        if self.options.keys() - {"activation"}:
-            raise ModelError(
-                f"variant cifar has no {', '.join(sorted(self.options.keys() - {'activation'}))}: "
+                f"variant {variant} has no {', '.join(sorted(self.options.keys() - {'activation'}))}: "
                 "leave those options out, or take --variant paper with --stride 1"
             )
-        features: dict[str, nn.Module] = {"scale": Scale(1 / 64)}
-        channels, side = 3, self.image_size
-        self.convolutions = [1, 2, 3]
-        for layer, width in enumerate(VARIANTS["cifar"].widths, 1):
-            features[f"conv{layer}"] = nn.Conv2d(channels, width, 5, padding=2)
-            features[f"act{layer}"] = activation()
-            pool = nn.MaxPool2d if layer == 1 else nn.AvgPool2d
-            features[f"pool{layer}"] = pool(3, 2, ceil_mode=True)
-            channels, side = width, max(0, -(-(side - 3) // 2)) + 1
-        self.avgpool = nn.Identity()
-        self.features = nn.Sequential(OrderedDict(features))
-        self.classifier = nn.Sequential(OrderedDict(fc4=nn.Linear(channels * side * side, num_classes)))
+        net = _Builder(variant, num_classes, image_size, dropout, given)
+        build(net)
+        self.convolutions = net.convolutions
+        self.avgpool = net.avgpool
+        self.features, self.classifier = (
+            nn.Sequential(*layers.values()) if variant == "owt" else nn.Sequential(OrderedDict(layers))
+            for layers in (net.features, net.classifier)
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """What the last layer sees of images (N, 3, image_size, image_size).
+        """The input of the last layer for images (N, 3, image_size, image_size).
 
-        In all variants but `cifar` these are the activations of fc7 (N, 4096) (section 6.1).
+        In all variants but CIFAR's these are the activations of fc7 (N, 4096) (section 6.1).
         """
         if self.variant != "owt" and x.shape[2:] != (self.image_size, self.image_size):
             given = "x".join(str(side) for side in x.shape[2:])
@@ -225,18 +217,109 @@ class AlexNet(nn.Module):
                 layer.set_position(key, first_row)
 
 
-class Scale(nn.Module):
-    """Multiplies by a constant: pixels in levels saturate a tanh unless they are scaled down first."""
+class SpatialLRN(nn.Module):
+    """Response normalisation over a square of the same map, cuda-convnet's `rnorm`.
 
-    def __init__(self, factor: float) -> None:
+        y = x / (1 + alpha / size**2 * sum of x**2 over size x size)**beta
+
+    (N, C, H, W) in and out, of any dtype; zeros beyond the border.
+    """
+
+    def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75) -> None:
         super().__init__()
-        self.factor = factor
+        self.size, self.alpha, self.beta = size, alpha, beta
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
+        mean = F.avg_pool2d(x.float().square(), self.size, stride=1, padding=self.size // 2)
+        return (x / (1 + self.alpha * mean).pow(self.beta)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.factor:g}"
+        return f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}"
+
+
+class _Builder:
+    """Collects the layers of a network and keeps count of the channels and the size of the maps."""
+
+    def __init__(
+        self, variant: str, num_classes: int, image_size: int, dropout: float, options: dict[str, Any]
+    ) -> None:
+        self.variant, self.num_classes, self.image_size, self.p = variant, num_classes, image_size, dropout
+        self.stride, self.groups, self.pool = options["stride"], options["groups"], options["pool"]
+        self.activation, self.with_lrn = ACTIVATIONS[options["activation"]], options["lrn"]
+        self.dropped = options["drop_layers"]
+        self.features: dict[str, nn.Module] = {}
+        self.classifier: dict[str, nn.Module] = {}
+        self.avgpool: nn.Module = nn.Identity()
+        self.convolutions: list[int] = []
+        self.channels, self.side = 3, image_size
+        self.units = 0  # inputs of the next fully connected layer; 0 before the first
+
+    def conv(
+        self, n: int, width: int, kernel: int, stride: int = 1, padding: int | None = None, groups: int = 1
+    ) -> None:
+        """A convolution with its activation; keeps the size of the maps unless stride or padding say otherwise."""
+        if f"conv{n}" in self.dropped:
+            return
+        padding = kernel // 2 if padding is None else padding
+        norm = self.variant == "bn"
+        self.features[f"conv{n}"] = nn.Conv2d(
+            self.channels, width, kernel, stride, padding, groups=groups, bias=not norm
+        )
+        if norm:
+            self.features[f"bn{n}"] = nn.BatchNorm2d(width)
+        self.features[f"act{n}"] = self.activation()
+        self.convolutions.append(n)
+        self.channels, self.side = width, (self.side + 2 * padding - kernel) // stride + 1
+
+    def lrn(self, n: int) -> None:
+        if self.with_lrn and f"conv{n}" not in self.dropped:
+            self.features[f"lrn{n}"] = LRN()
+
+    def spatial_lrn(self, n: int) -> None:
+        if self.with_lrn:
+            self.features[f"lrn{n}"] = SpatialLRN()
+
+    def max_pool(self, n: int, ceil: bool = False) -> None:
+        self.features[f"pool{n}"] = nn.MaxPool2d(self.pool[0], self.pool[1], ceil_mode=ceil)
+        self._pooled(ceil)
+
+    def average_pool(self, n: int) -> None:
+        self.features[f"pool{n}"] = nn.AvgPool2d(self.pool[0], self.pool[1], ceil_mode=True)
+        self._pooled(ceil=True)
+
+    def _pooled(self, ceil: bool) -> None:
+        kernel, stride = self.pool
+        self.side = (self.side - kernel + (stride - 1) * ceil) // stride + 1
+
+    def average_to(self, side: int) -> None:
+        self._check_side()
+        self.avgpool, self.side = nn.AdaptiveAvgPool2d(side), side
+
+    def linear(self, n: int, width: int | None = None) -> None:
+        """A fully connected layer, with its activation unless it is the last (no width: the classes)."""
+        self._check_side()
+        inputs = self.units or self.channels * self.side**2
+        self.units = width or self.num_classes
+        self.classifier[f"fc{n}"] = nn.Linear(inputs, self.units)
+        if width:
+            self.classifier[f"act{n}"] = self.activation()
+
+    def dropout(self, n: int) -> None:
+        self.classifier[f"drop{n}"] = KeyedDropout(self.p, salt=n)
+
+    def _check_side(self) -> None:
+        """Raises ModelError where nothing is left of the maps."""
+        if self.side >= 1:
+            return
+        if self.variant.startswith("cifar"):
+            raise ModelError(f"images of {self.image_size} pixels are too small for variant {self.variant}")
+        enough = next(
+            size for size in count(self.image_size) if _last_side(size, self.stride, self.pool) >= 1
+        )
+        raise ModelError(
+            f"images of {self.image_size} pixels are too small for conv1's stride of {self.stride} and 3 pools "
+            f"{tuple(self.pool)}: use at least {enough} pixels, or a smaller stride"
+        )
 
 
 def _last_side(image_size: int, stride: int, pool: tuple[int, int]) -> int:

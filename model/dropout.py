@@ -1,10 +1,13 @@
 """Dropout whose masks are a function of the place in training, the same for any number of ranks."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import ModelError
+from model.kernels import kernels_for
 
 
 class KeyedDropout(nn.Module):
@@ -43,23 +46,13 @@ class KeyedDropout(nn.Module):
         self.position[1].fill_(first_row)
         self.keyed = True
 
+    @property
+    def _options(self) -> tuple[float, int, int, int, int]:
+        return self.p, self.salt, self.unit_slice, self.parts, self.stride
+
     def keep(self, rows: int, units: int) -> Tensor:
-        """The mask (rows, units) as booleans; each value is one 32-bit hash compared with p."""
-        device = self.position.device
-        first, row = self.position[1], torch.arange(rows, device=device)
-        if self.parts > 1:
-            part = rows // self.parts
-            first, row = first % self.stride, row // part * self.stride + row % part
-        row = first + row
-        # One hash after the other takes in key (both halves), layer and row; another takes in the unit.
-        state = (self.position[0] & 0xFFFFFFFF) - 2**31
-        for entering in (self.position[0] >> 32, self.salt, row):
-            state = _hash(state.to(torch.int32)) ^ entering
-        per_row = _hash(state.to(torch.int32))
-        first_unit = self.unit_slice * units
-        per_unit = _hash(torch.arange(first_unit, first_unit + units, device=device, dtype=torch.int32))
-        value = _hash(per_row[:, None] ^ per_unit)
-        return (value & 0x7FFFFFFF) >= round(self.p * 2**31)
+        """The mask (rows, units) as booleans."""
+        return _keep(rows, units, self.position, *self._options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Drops units of x (N, ...), of any dtype, in training; the identity in evaluation."""
@@ -67,11 +60,31 @@ class KeyedDropout(nn.Module):
             return x
         if not self.keyed:
             return F.dropout(x, self.p)
-        keep = self.keep(*x.flatten(1).shape).view_as(x)
-        return torch.where(keep, x * (1 / (1 - self.p)), 0)
+        if x.is_cuda:
+            return torch.ops.alexnet.dropout(x, self.position, *self._options)
+        return _formula(x, self.position, *self._options)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def _keep(rows: int, units: int, position: Tensor, p: float, *options: int) -> Tensor:
+    """`KeyedDropout.keep`: each value is one 32-bit hash compared with p."""
+    salt, unit_slice, parts, stride = options
+    first, row = position[1], torch.arange(rows, device=position.device)
+    if parts > 1:
+        part = rows // parts
+        first, row = first % stride, row // part * stride + row % part
+    row = first + row
+    # One hash after the other takes in key (both halves), layer and row; another takes in the unit.
+    state = (position[0] & 0xFFFFFFFF) - 2**31
+    for entering in (position[0] >> 32, salt, row):
+        state = _hash(state.to(torch.int32)) ^ entering
+    per_row = _hash(state.to(torch.int32))
+    first_unit = unit_slice * units
+    unit = torch.arange(first_unit, first_unit + units, device=position.device, dtype=torch.int32)
+    value = _hash(per_row[:, None] ^ _hash(unit))
+    return (value & 0x7FFFFFFF) >= round(p * 2**31)
 
 
 def _hash(value: Tensor) -> Tensor:
@@ -83,3 +96,43 @@ def _hash(value: Tensor) -> Tensor:
     value *= 0x846CA68B - 2**32
     value ^= (value >> 16).bitwise_and_(0xFFFF)
     return value
+
+
+def _formula(x: Tensor, position: Tensor, p: float, *options: int) -> Tensor:
+    rows, units = x.flatten(1).shape
+    keep = _keep(rows, units, position, p, *options).view_as(x)
+    return torch.where(keep, x * (1 / (1 - p)), 0)
+
+
+# --- on a GPU: one kernel in place of 84, no mask is stored, and the gradient takes the same way ----------------
+
+torch.library.define(
+    "alexnet::dropout",
+    "(Tensor x, Tensor position, float p, int salt, int unit_slice, int parts, int stride) -> Tensor",
+)
+
+
+@torch.library.impl("alexnet::dropout", "CompositeExplicitAutograd")
+def _dropout(x: Tensor, position: Tensor, *options: Any) -> Tensor:
+    if kernels := kernels_for(x):
+        return kernels.dropout(x, position, *options)
+    return _formula(x, position, *options)
+
+
+@torch.library.register_fake("alexnet::dropout")
+def _fake(x: Tensor, position: Tensor, *options: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, position, *ctx.options = inputs
+    ctx.save_for_backward(position)  # autograd refuses a gradient once `set_position` has changed it
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (position,) = ctx.saved_tensors
+    grad = torch.ops.alexnet.dropout(grad.contiguous(), position, *ctx.options)
+    return grad, *[None] * (1 + len(ctx.options))
+
+
+torch.library.register_autograd("alexnet::dropout", _differentiate, setup_context=_save)

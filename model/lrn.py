@@ -7,21 +7,20 @@
 The arithmetic is light, but torch's operators walk over memory for every term of it, which would cost four
 fifths of a training step on the CPU. Hence three backends with one result:
 
-    native    a C++ kernel for the CPU (native/lrn.cpp): bfloat16 and float32, channels-last, beta 0.75; built
-              when it is first used, in about a second
-    compiled  the formula through torch.compile, which makes fused kernels of it on a GPU
-    eager     the formula in torch's operators: any device, dtype and layout, no compiler
+    native  a C++ kernel for the CPU (native/lrn.cpp): bfloat16 and float32, channels-last, beta 0.75; built
+            when it is first used, in about a second
+    triton  kernels for NVIDIA GPUs (model/triton_kernels.py): float32 and both halves, channels-last, beta 0.75
+    eager   the formula in torch's operators: any device, dtype and layout, no compiler
 
-"auto" is compiled on a GPU with Triton, native on the CPU where machine and input allow, and eager otherwise.
-The environment variable ALEXNET_LRN=eager (or native, compiled), read at import, replaces "auto".
+"auto" is triton on a GPU and native on the CPU, each where machine and input allow, and eager otherwise.
+The environment variable ALEXNET_LRN=eager (or native, triton), read at import, replaces "auto".
 """
 
 import ctypes
-import functools
 import math
 import os
-import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,8 +29,9 @@ from torch import Tensor, nn
 
 import native
 from base.errors import ModelError
+from model.kernels import kernels_for
 
-BACKENDS = ("auto", "native", "compiled", "eager")
+BACKENDS = ("auto", "native", "triton", "eager")
 DEFAULT_BACKEND = os.environ.get("ALEXNET_LRN", "auto")
 
 
@@ -45,7 +45,7 @@ def local_response_norm(
             float32, those of float64 in float64.
         size: channels in the window, odd; the window ends where the channels end.
         alpha, beta, k: the constants of the formula; k > 0, or silent channels would divide by 0.
-        backend: "auto", "native", "compiled" or "eager" (see the module).
+        backend: "auto", "native", "triton" or "eager" (see the module).
 
     Returns:
         A tensor of x's shape, dtype and layout, differentiable once.
@@ -63,9 +63,6 @@ def local_response_norm(
     if x.dim() < 2 or not x.is_floating_point():
         raise ModelError(f"LRN takes floating point (N, C, ...), not {x.dtype} of {x.dim()} dimensions")
 
-    if backend == "compiled" or (backend == "auto" and x.is_cuda and _compiles(x.device)):
-        formula = _formula if torch.compiler.is_compiling() else _compiled_formula()
-        return formula(x, size, alpha, beta, k)
     return torch.ops.alexnet.lrn(x, size, alpha, beta, k, backend)
 
 
@@ -131,47 +128,35 @@ def _in_cache(formula: Callable[..., Tensor], tensors: list[Tensor], *constants:
     return out
 
 
-@functools.cache
-def _compiled_formula() -> Callable[..., Tensor]:
-    return torch.compile(_formula)
-
-
-@functools.cache
-def _compiles(device: torch.device) -> bool:
-    """Whether torch.compile works there: Triton wants a C compiler and Python's headers when it first runs."""
-    if torch.compiler.is_compiling():
-        return True  # then it is being used anyway
-    try:
-        _compiled_formula()(torch.ones(1, 5, 1, 1, device=device), 5, 1e-4, 0.75, 2.0)
-    except Exception as error:  # of many kinds, from many layers
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"LRN falls back on torch's operators, slower: {reason}", stacklevel=2)
-        return False
-    return True
-
-
-# --- the native kernel -------------------------------------------------------------------------------------
+# --- the fused kernels --------------------------------------------------------------------------------------
 
 _NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def _kernel(x: Tensor, size: int, beta: float, backend: str) -> ctypes.CDLL | None:
-    """The library to use for x, or None for torch's operators."""
+def _kernel(x: Tensor, size: int, beta: float, backend: str) -> ctypes.CDLL | ModuleType | None:
+    """The native library or the Triton kernels for x, or None for torch's operators."""
     if backend == "eager":
         return None
-    fits = (
-        x.device.type == "cpu"
-        and x.dtype in _NATIVE_DTYPES
-        and x.movedim(1, -1).is_contiguous()
-        and beta == 0.75
-    )
-    library = _library(size) if fits else None
-    if library is None and backend == "native":
+    rows = x.movedim(1, -1)
+    found: ctypes.CDLL | ModuleType | None = None
+    if beta == 0.75 and rows.is_contiguous():
+        if backend != "triton" and x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES:
+            found = _library(size)
+        elif backend != "native":
+            found = kernels_for(rows)
+    if found is None and backend != "auto":
         raise ModelError(
-            "LRN's native backend needs a C++ compiler, ALEXNET_NATIVE other than 0, beta 0.75 and a channels-last "
-            f"CPU tensor of bfloat16 or float32 (here beta {beta}, {x.device.type}, {x.dtype}): use backend 'auto'"
+            f"LRN's {backend} backend needs {_NEEDS[backend]} (here beta {beta}, {x.device.type}, "
+            f"{x.dtype}): use backend 'auto'"
         )
-    return library
+    return found
+
+
+_NEEDS = {
+    "native": "a C++ compiler, ALEXNET_NATIVE other than 0, beta 0.75 and a channels-last CPU tensor of bfloat16 "
+    "or float32",
+    "triton": "Triton, beta 0.75 and a channels-last CUDA tensor of float32, float16 or bfloat16",
+}
 
 
 def _library(size: int) -> ctypes.CDLL | None:
@@ -182,21 +167,24 @@ def _library(size: int) -> ctypes.CDLL | None:
 
 
 def _run(
-    library: ctypes.CDLL, direction: str, inputs: list[Tensor], size: int, alpha: float, k: float
+    kernel: ctypes.CDLL | ModuleType, direction: str, inputs: list[Tensor], size: int, alpha: float, k: float
 ) -> Tensor:
     """Runs "forward" on [x] or "backward" on [x, grad]; x, (N, C, ...), is channels-last, so is the result."""
-    out = torch.empty_like(inputs[0])
-    rows = [tensor.movedim(1, -1).contiguous() for tensor in (*inputs, out)]
-    *leading, channels = rows[0].shape
-    library[f"{direction}_{_NATIVE_DTYPES[out.dtype]}"](
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in rows),
+    rows = [tensor.movedim(1, -1).contiguous() for tensor in inputs]
+    if isinstance(kernel, ModuleType):
+        run = kernel.lrn_forward if direction == "forward" else kernel.lrn_backward
+        return run(*rows, size, alpha, k).movedim(-1, 1)
+    out = torch.empty_like(rows[0])
+    *leading, channels = out.shape
+    kernel[f"{direction}_{_NATIVE_DTYPES[out.dtype]}"](
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (*rows, out)),
         ctypes.c_int64(math.prod(leading)),
         ctypes.c_int(channels),
         ctypes.c_float(alpha),
         ctypes.c_float(k),
         ctypes.c_int(torch.get_num_threads()),
     )
-    return out
+    return out.movedim(-1, 1)
 
 
 # --- operators of torch's dispatcher -----------------------------------------------------------------------
@@ -210,8 +198,8 @@ torch.library.define("alexnet::lrn_backward", f"(Tensor x, Tensor grad, {_CONSTA
 
 @torch.library.impl("alexnet::lrn", "CompositeExplicitAutograd")
 def _forward(x: Tensor, size: int, alpha: float, beta: float, k: float, backend: str) -> Tensor:
-    if library := _kernel(x, size, beta, backend):
-        return _run(library, "forward", [x], size, alpha, k)
+    if kernel := _kernel(x, size, beta, backend):
+        return _run(kernel, "forward", [x], size, alpha, k)
     return _in_cache(_formula, [x], size, alpha, beta, k)
 
 
@@ -219,8 +207,8 @@ def _forward(x: Tensor, size: int, alpha: float, beta: float, k: float, backend:
 def _backward(
     x: Tensor, grad: Tensor, size: int, alpha: float, beta: float, k: float, backend: str
 ) -> Tensor:
-    if library := _kernel(x, size, beta, backend):
-        return _run(library, "backward", [x, grad.to(x.dtype)], size, alpha, k)
+    if kernel := _kernel(x, size, beta, backend):
+        return _run(kernel, "backward", [x, grad.to(x.dtype)], size, alpha, k)
     return _in_cache(_formula_gradient, [x, grad], size, alpha, beta, k)
 
 

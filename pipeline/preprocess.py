@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from base.errors import DataError
-from pipeline.shards import Manifest, ShardReader
+from pipeline.shards import MAX_SIZE, Manifest, ShardReader
 
-MEANS = ("pixel", "channel", "none")
+MEANS = ("pixel", "channel", "imagenet", "none")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1: what torchvision's networks are trained with
 _DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
 
@@ -40,8 +41,10 @@ class Preprocess:
         if mean_mode == "pixel":
             mean = manifest.load_mean(train_dir)
         elif mean_mode in MEANS:
-            level = manifest.channel_mean if mean_mode == "channel" else (0, 0, 0)
-            mean = np.tile(np.array(level, np.float32), (manifest.size, manifest.size, 1))
+            level = {"channel": manifest.channel_mean, "imagenet": 255 * np.array(IMAGENET_MEAN)}
+            mean = np.tile(
+                np.array(level.get(mean_mode, (0, 0, 0)), np.float32), (manifest.size, manifest.size, 1)
+            )
         else:
             raise DataError(f"mean is {mean_mode!r}: use one of {', '.join(MEANS)}")
         basis = 255 * np.array(manifest.pca_eigenvectors) * np.array(manifest.pca_eigenvalues)
@@ -54,8 +57,21 @@ class Preprocess:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Preprocess:
-        arrays = {k: state[k].numpy() for k in ("mean", "color_basis")}
-        return cls(**{**state, **arrays})
+        """From a checkpoint's `preprocess`; ValueError for anything that `state_dict` does not give."""
+        size, crop, mode = (state.get(name) for name in ("size", "crop", "mean_mode"))
+        if not (isinstance(size, int) and isinstance(crop, int) and 0 < crop <= size <= MAX_SIZE):
+            raise ValueError(f"a crop of {crop!r:.20} pixels of {size!r:.20}")
+        if mode not in MEANS:
+            raise ValueError(f"its mean is {mode!r:.20}")
+        arrays = {}
+        for name, shape in (("mean", (size, size, 3)), ("color_basis", (3, 3))):
+            value = state.get(name)
+            if not (torch.is_tensor(value) and value.dtype == torch.float32 and value.shape == shape):
+                raise ValueError(f"its {name} is not float32 of {shape}")
+            if not value.isfinite().all():
+                raise ValueError(f"its {name} is not finite")
+            arrays[name] = value.numpy()
+        return cls(size, crop, mode, **arrays)
 
 
 def decode(data: np.ndarray, size: int) -> np.ndarray | None:

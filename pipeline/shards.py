@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import resource
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -32,7 +34,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from base.errors import DataError
-from base.files import file_sha256, fsync_directory, write_atomic
+from base.files import file_sha256, fsync_directory, read_regular, write_atomic
 from pipeline.datum_pb2 import Datum
 
 FORMAT_VERSION = 1
@@ -40,6 +42,11 @@ FORMAT_VERSION = 1
 ENDS = {"jpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82", "raw": b""}
 ENCODINGS = tuple(ENDS)
 MANIFEST, MEAN, DATABASE, RECORD_CRCS = "manifest.json", "mean.npy", "data.mdb", "crc32.npy"
+# What a manifest may claim. All of ImageNet's synsets are 21,841 classes. A manifest is read into memory whole.
+MAX_CLASSES, MAX_SIZE, MAX_MANIFEST_BYTES = 100_000, 4096, 64 << 20
+SECONDS_BETWEEN_LOOKS = (
+    0.1  # at the length of an open shard; a system call a record costs half as much as reading it
+)
 
 
 def shard_name(number: int) -> str:
@@ -73,7 +80,10 @@ def foreign(split_dir: Path) -> str | None:
 
 
 _OWN_FOLDER = r"work|shard-\d{5,}(\..+)?"
-_OWN_FILE = r"\..*|((manifest|build)\.json|mean\.npy|crc32\.npy|(data|lock)\.mdb|shard-\d{5,}\..+)(\.tmp)?"
+_OWN_FILE = (
+    r"\..*|((manifest|build)\.json|mean\.npy|crc32\.npy|(data|lock)\.mdb|shard-\d{5,}\..+)"
+    r"(\.[0-9a-f]{16})?(\.tmp)?"
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class Manifest:
         """Read and check `split_dir`/manifest.json; DataError when it is missing or damaged."""
         path = Path(split_dir) / MANIFEST
         try:
-            content = path.read_bytes()
+            content = read_regular(path, MAX_MANIFEST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(_no_data_set(Path(split_dir))) from None
         except OSError as error:
@@ -123,12 +133,59 @@ class Manifest:
                 )
             optional: dict[str, Any] = {"warned": []}
             manifest = Manifest(**{f.name: (optional | values)[f.name] for f in fields(Manifest)})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(damaged) from None
         # Comparing whole files also finds a flip in white space or in the checksum itself.
         if content != manifest._serialise():
             raise DataError(damaged)
+        # The checksum says that the file is whole, not that a build wrote it.
+        if problem := manifest._problem():
+            raise DataError(f"{path} is not one that a build writes ({problem}): build the data set again")
         return manifest
+
+    def _problem(self) -> str | None:
+        """What no build writes; everything else in the program relies on the types and ranges checked here."""
+        expected = {
+            "split": self.split in ("train", "val"),
+            "count": _whole(self.count, 1),
+            "size": _whole(self.size, 1, MAX_SIZE),
+            "encoding": self.encoding in ENCODINGS,
+            "quality": self.quality is None or _whole(self.quality, 1, 100),
+            "seed": _whole(self.seed, most=2**64 - 1),
+            "classes": isinstance(self.classes, list)
+            and 1 <= len(self.classes) <= MAX_CLASSES
+            and all(_keys(entry, wnid=str, name=(str, type(None))) for entry in self.classes),
+            "shards": isinstance(self.shards, list)
+            and all(
+                _keys(entry, name=str, count=int, bytes=int, sha256=str, crc32_sha256=str)
+                and re.fullmatch(_SHARD_NAME, entry["name"])
+                and _whole(entry["count"], 1)
+                and _whole(entry["bytes"], 1)
+                for entry in self.shards
+            ),
+            "rejected": isinstance(self.rejected, list)
+            and all(_keys(entry, source=str, reason=str) for entry in self.rejected),
+            "warned": isinstance(self.warned, list)
+            and all(_keys(entry, source=str, reason=str) for entry in self.warned),
+            "channel_mean": _numbers(self.channel_mean, 0, 255),
+            "pca_eigenvalues": _numbers(self.pca_eigenvalues, 0, 1),
+            "pca_eigenvectors": isinstance(self.pca_eigenvectors, list)
+            and len(self.pca_eigenvectors) == 3
+            and all(_numbers(row, -1.001, 1.001) for row in self.pca_eigenvectors),
+            "mean_sha256": isinstance(self.mean_sha256, str),
+            "fingerprint": isinstance(self.fingerprint, str),
+        }
+        for name, holds in expected.items():
+            if not holds:
+                return (
+                    f"its {name}" if len(f"{getattr(self, name)}") > 60 else f"{name} {getattr(self, name)!r}"
+                )
+        names = [shard["name"] for shard in self.shards]
+        if len(set(names)) != len(names):
+            return "a shard occurs twice"
+        if (total := sum(shard["count"] for shard in self.shards)) != self.count:
+            return f"{self.count} images, its shards count {total}"
+        return None
 
     @property
     def content_sha256(self) -> str:
@@ -143,14 +200,22 @@ class Manifest:
 
     def load_mean(self, split_dir: str | Path) -> np.ndarray:
         """mean.npy of this manifest: (size, size, 3) float32 RGB, levels 0..255; DataError when damaged."""
-        path = Path(split_dir) / MEAN
+        path, shape = Path(split_dir) / MEAN, (self.size, self.size, 3)
         try:
-            if file_sha256(path) == self.mean_sha256:
-                mean: np.ndarray = np.load(path, allow_pickle=False)
-                return mean
+            content = read_regular(path, 12 * self.size**2 + _NPY_HEADER)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}; build the data set again") from None
-        raise DataError(f"{path} is damaged (its checksum differs): restore it or build the data set again")
+        if hashlib.sha256(content).hexdigest() != self.mean_sha256:
+            raise DataError(
+                f"{path} is damaged (its checksum differs): restore it or build the data set again"
+            )
+        try:
+            mean = read_array(content, np.float32, shape)
+        except ValueError as error:
+            raise DataError(f"{path} is no mean image ({error}): build the data set again") from None
+        if not ((mean >= 0) & (mean <= 255)).all():
+            raise DataError(f"{path} is no mean image (levels outside 0..255): build the data set again")
+        return mean
 
     def _serialise(self) -> bytes:
         values = asdict(self)
@@ -159,6 +224,64 @@ class Manifest:
         body = json.dumps(values, sort_keys=True).encode()
         values["manifest_sha256"] = hashlib.sha256(body).hexdigest()
         return (json.dumps(values, sort_keys=True, indent=1) + "\n").encode()
+
+
+_SHARD_NAME = r"shard-\d{5,9}"
+_NPY_HEADER = 4096  # bytes, at most; np.save writes 128
+
+
+def _whole(value: object, least: int = 0, most: int = 2**63 - 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _numbers(values: object, least: float, most: float) -> bool:
+    """Whether `values` are three numbers in that range, which NaN is not."""
+    return (
+        isinstance(values, list)
+        and len(values) == 3
+        and all(isinstance(value, int | float) and least <= value <= most for value in values)
+    )
+
+
+def _keys(entry: object, **types: type | tuple[type, ...]) -> bool:
+    """Whether `entry` is a dictionary with these keys and types."""
+    return isinstance(entry, dict) and all(
+        name in entry and isinstance(entry[name], kind) for name, kind in types.items()
+    )
+
+
+def read_array(content: bytes, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+    """The array in the bytes of an .npy file; ValueError unless it is whole, of this type and of this shape.
+
+    np.load would make room for whatever shape the header claims.
+    """
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an .npy file of another version")
+    try:
+        found = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # it is a Python expression, whose parser raises many kinds
+        raise ValueError("its header is damaged") from None
+    if found != (shape, False, np.dtype(dtype)):
+        raise ValueError(f"{found[2]} {found[0]} instead of {np.dtype(dtype)} {shape}")
+    if len(content) - file.tell() != np.dtype(dtype).itemsize * math.prod(shape):
+        raise ValueError("it is cut short, or too long")
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape).copy()
+
+
+def read_crcs(directory: Path, shard: dict[str, Any]) -> np.ndarray:
+    """The CRC-32 of every record of a shard, uint32 (count,); DataError when missing or damaged."""
+    path = directory / RECORD_CRCS
+    try:
+        content = read_regular(path, 4 * shard["count"] + _NPY_HEADER)
+        if hashlib.sha256(content).hexdigest() != shard["crc32_sha256"]:
+            raise ValueError("its checksum differs")
+        return read_array(content, np.uint32, (shard["count"],))
+    except OSError as error:
+        problem = str(error.strerror)
+    except ValueError as error:
+        problem = str(error)
+    raise DataError(f"{path} cannot be used ({problem}): restore it or build the data set again")
 
 
 def _no_data_set(split_dir: Path) -> str:
@@ -274,13 +397,15 @@ class ShardReader:
 
     Opens shards when first needed, read-only and without lock files, so that read-only media, many processes
     and many readers at once work. Can be pickled and survives fork: each process opens its own files.
-    Use one reader a thread.
+    Use one reader a thread. `checksums`: compare every record that is read with its CRC-32 of the build.
     """
 
-    def __init__(self, split_dir: str | Path) -> None:
+    def __init__(self, split_dir: str | Path, checksums: bool = True) -> None:
         """Check the manifest and every shard's file size; DataError names what is missing or damaged."""
         self.split_dir = Path(split_dir)
         self.manifest = Manifest.load(self.split_dir)
+        self._checksums = checksums
+        self._classes = len(self.manifest.classes)
         self._end = ENDS[self.manifest.encoding]
         self._ends: list[int] = []  # _ends[s]: first global index after shard s
         end = 0
@@ -300,10 +425,6 @@ class ShardReader:
                 )
             end += shard["count"]
             self._ends.append(end)
-        if end != self.manifest.count:
-            raise DataError(
-                f"{self.split_dir / MANIFEST} counts {self.manifest.count} images, its shards {end}"
-            )
         self._reset()
 
     def __len__(self) -> int:
@@ -328,10 +449,17 @@ class ShardReader:
         It is read-only. IndexError outside 0..len-1; DataError naming shard and key when damaged.
         """
         shard, local = self._split_index(index)
+        record = bytes(self._stored(shard, local))
+        crcs = self._crcs[shard]
+        if crcs is not None and zlib.crc32(record) != crcs[local]:
+            raise DataError(self._damage(shard, local, "its checksum differs"))
         try:
-            datum = Datum.FromString(bytes(self._stored(shard, local)))
+            datum = Datum.FromString(record)
         except DecodeError as error:
             raise DataError(self._damage(shard, local, str(error))) from None
+        if not 0 <= datum.label < self._classes:
+            what = f"label {datum.label}, but there are {self._classes} classes"
+            raise DataError(self._damage(shard, local, what))
         content = datum.data
         if not content.endswith(self._end):
             raise DataError(self._damage(shard, local, "it ends too early"))
@@ -348,12 +476,32 @@ class ShardReader:
         if os.getpid() != self._pid:
             self._reset()
         try:
-            value: memoryview | None = (self._transactions[shard] or self._open(shard)).get(record_key(local))
+            transaction = self._transactions[shard] or self._open(shard)
+            self._check_length(shard)
+            value: memoryview | None = transaction.get(record_key(local))
         except lmdb.Error as error:
             raise DataError(self._damage(shard, local, str(error))) from None
         if value is None:
             raise DataError(self._damage(shard, local, "the record is missing"))
         return value
+
+    def _check_length(self, shard: int) -> None:
+        """DataError if the open file has been cut meanwhile: a read beyond its end would kill the process."""
+        now = time.monotonic()
+        if now - self._looked[shard] < SECONDS_BETWEEN_LOOKS:
+            return
+        self._looked[shard] = now
+        path, number = self._files[shard]
+        try:
+            file = path.stat()
+        except OSError:
+            return  # moved or deleted: what is open stays readable
+        if file.st_ino == number and file.st_size != self.manifest.shards[shard]["bytes"]:
+            expected = self.manifest.shards[shard]["bytes"]
+            raise DataError(
+                f"shard {path} was changed while it is read, from {expected:,} to {file.st_size:,} bytes: "
+                "restore it or build the data set again"
+            )
 
     def check_counts(self) -> None:
         """Open every shard and count its records; DataError names the one that has more or fewer."""
@@ -374,7 +522,7 @@ class ShardReader:
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        open_files = ("_transactions", "_pid")
+        open_files = ("_transactions", "_crcs", "_files", "_looked", "_pid")
         return {name: value for name, value in self.__dict__.items() if name not in open_files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -383,6 +531,9 @@ class ShardReader:
 
     def _reset(self) -> None:
         self._transactions: list[Any] = [None] * len(self._ends)
+        self._crcs: list[np.ndarray | None] = [None] * len(self._ends)
+        self._files = [(Path(), 0)] * len(self._ends)  # path and inode of what is open
+        self._looked = [0.0] * len(self._ends)  # when its length was last checked
         self._pid = os.getpid()
 
     def _split_index(self, index: int) -> tuple[int, int]:
@@ -393,13 +544,18 @@ class ShardReader:
 
     def _open(self, shard: int) -> Any:
         entry = self.manifest.shards[shard]
-        env = _environment(self.split_dir / entry["name"])
+        directory = self.split_dir / entry["name"]
+        env = _environment(directory)
+        database = directory / DATABASE
+        self._files[shard] = (database, database.stat().st_ino)
         entries = env.stat()["entries"]
         if entries != entry["count"]:
             raise DataError(
-                f"shard {self.split_dir / entry['name']} holds {entries} records instead of "
+                f"shard {directory} holds {entries} records instead of "
                 f"{entry['count']}: restore it or build the data set again"
             )
+        if self._checksums:
+            self._crcs[shard] = read_crcs(directory, entry)
         # A read transaction that stays open costs nothing here: nobody writes to a finished shard.
         transaction = env.begin(buffers=True)
         self._transactions[shard] = transaction

@@ -1,12 +1,16 @@
 """Real photographs (they come inside the scikit-image wheel) and a tiny data set made of them."""
 
 import math
+import os
+import signal
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from helpers import ROOT
 
 import pipeline.load.readers
 from pipeline.build.sources import open_source
@@ -36,6 +40,7 @@ def class_folders(photos: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     rng = np.random.default_rng(12)
     for name in CLASSES:
         photo = cv2.imread(str(photos[name]))
+        assert photo is not None
         for split, count in (("train", TRAIN_TILES), ("val", VAL_TILES)):
             folder = source / split / name
             folder.mkdir(parents=True)
@@ -64,11 +69,26 @@ def no_reader_ends_the_tests() -> None:
     pipeline.load.readers.PATIENCE = math.inf
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing depends on how the tests are started, or on what the user has built before."""
+    # Before any test module is imported: some build kernels then. The user's own cache may hold anything.
+    cache = tempfile.TemporaryDirectory(prefix="alexnet-tests-")
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    os.environ.pop("ALEXNET_NATIVE", None)
+    # `nohup make test &` ignores Ctrl-C, and programs inherit that. They do not inherit a function.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is one."""
+    """Tests in tests/system are slow ones; those marked `gpu` are skipped where there is none."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+    without_gpu = not torch.cuda.is_available()
+    for item in items:
+        if ROOT / "tests/system" in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+        if without_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))

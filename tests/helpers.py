@@ -1,17 +1,26 @@
 """What several tests share: folders as dictionaries, waiting, and checkpoints made without a training."""
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from click.testing import CliRunner, Result
 
+import native
+import train
 from model.alexnet import AlexNet
 from model.training import checkpoint, recipe
 from model.training.checkpoint import Checkpoints
+from model.training.config import DEFAULT_INIT
 from pipeline.build.split import Options
 from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest
@@ -19,7 +28,11 @@ from pipeline.shards import Manifest
 ROOT = Path(__file__).parents[1]
 OPTIONS = Options(size=64, images_per_shard=8)  # of the builds in tests
 CRASH = b"this file takes the whole process down"
-CROP = 96  # small and quick; all three pools still fit
+# tests of kernels are skipped without a compiler only: with one, a kernel that is missing is a failure
+needs_compiler = pytest.mark.skipif(
+    shutil.which(native.compiler()[0]) is None, reason=f"no C++ compiler ({native.compiler()[0]})"
+)
+CROP = 67  # small and quick: the last map is of one pixel
 
 
 def make_run(
@@ -36,11 +49,12 @@ def make_run(
     manifest = Manifest.load(data / "train")
     preprocess = Preprocess.load(data / "train", crop, mean)
     network = AlexNet(len(manifest.classes), variant, image_size=crop, **options)
-    recipe.initialise(network, recipe.DEFAULT_INIT[variant], seed)
+    recipe.initialise(network, DEFAULT_INIT[variant], seed)
     # fresh outputs are all but equal, and whose turn it is a matter of rounding: spread them
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         last = network.classifier[-1].weight
+        assert isinstance(last, torch.Tensor)
         last.copy_(torch.randn(last.shape, generator=generator))
         noise = 80 * torch.randn(8, 3, crop, crop, generator=generator)
         last.mul_(2 / network.eval()(noise).std())
@@ -56,12 +70,28 @@ def make_run(
         "variant": variant,
         "network": network.options,
         "identity": {},
+        "ema": {},
+        "watch": {},
         "classes": manifest.classes,
         "preprocess": preprocess.state_dict(),
     }
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.save(out / "best.pt", state)
     return out
+
+
+def train_command(*arguments: object) -> list[str]:
+    """train.py with `arguments`, as a command of its own."""
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def run_train(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run train.py to its end in a process of its own; fail the test unless it exits with `code`."""
+    done = subprocess.run(
+        train_command(*arguments), capture_output=True, text=True, timeout=240, cwd=ROOT, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def write_log(run: Path, epochs: int = 3, steps: int = 6) -> None:
@@ -89,7 +119,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Fail the test unless `condition` holds within so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -106,3 +136,24 @@ def same_weights(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two checkpoints hold the same weights, bit for bit."""
     assert a["model"].keys() == b["model"].keys()
     return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def train_here(*arguments: object) -> Result:
+    """train.py in this process, on the CPU: much sooner than a process that imports torch first."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        small = ["--gpus", 0, "--workers", 0, "--decode-threads", 1, "--no-progress", "--no-tensorboard"]
+        return CliRunner().invoke(train.main, list(map(str, [*small, *arguments])))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train_error(*arguments: object, code: int = 1) -> str:
+    """The one line with which train.py, called in this process, refuses `arguments`."""
+    done = train_here(*arguments)
+    assert done.exit_code == code, (done.output, done.exception)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]

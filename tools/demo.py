@@ -121,13 +121,9 @@ def main(photographs: Path | None, out: Path, train_images: int) -> None:
     from pipeline.shards import Manifest
 
     count = Manifest.load(data / "train").count
-    batch = min(32, count)
     epochs = max(1, min(30, round(train_images / count)))
     print(f"3. Training for {epochs} epochs of {count} images")
-    call(
-        "train.py", "--data", data, "--out", run, "--init", "torch", "--lr", 0.003, "--warmup-epochs", 1,
-        "--epochs", epochs, "--global-batch", batch, "--schedule", "cosine", "--log-every", 10,
-    )  # fmt: skip
+    call("train.py", "--data", data, "--out", run, "--epochs", epochs)
     print("4. Evaluating: one crop, then the paper's ten")
     call("tools/evaluate.py", run, "--data", data, "--crops", 1)
     call("tools/evaluate.py", run, "--data", data, "--crops", 10)

@@ -1,13 +1,13 @@
-"""Layouts: how one network lies on several ranks; the same mathematics in each of them.
+"""Layouts: how one network is split across ranks. All of them compute the same function.
 
-    data    every rank holds all weights and takes its part of the batch; gradients are averaged
-    hybrid  so the convolutions; of the fully connected layers, nine tenths of the weights, each rank holds a slice
-            and computes it for all parts of the batch: their gradients are never sent
+    data    every rank holds all weights and computes its part of the batch; gradients are averaged
+    hybrid  the convolutions are data parallel; each rank holds a slice of the fully connected layers (nine tenths
+            of the weights) and computes it for the whole batch, so the gradients of these layers are never sent
             ("One weird trick", Krizhevsky 2014, arXiv:1404.5997)
-    towers  two ranks hold half of each layer's kernels and see the whole batch; they meet where a layer reads all
-            maps, in `paper` conv3 and the fully connected ones (paper, section 3.2 and figure 2)
+    towers  two ranks hold half of each layer's kernels and see the whole batch; they exchange maps where a layer
+            reads all of them: in `paper`, conv3 and the fully connected layers (paper, section 3.2 and figure 2)
 
-Whatever the layout, state dicts are those of the plain network: gathered when asked for, sliced when loaded.
+State dicts are those of the plain network in every layout: gathered when saved, sliced when loaded.
 """
 
 from __future__ import annotations
@@ -29,19 +29,33 @@ from model.dropout import KeyedDropout
 from model.lrn import LRN
 from model.parallel.ranks import Ranks, average_buffers, distribute
 
-LAYOUTS = ("data", "hybrid", "towers")
+LAYOUTS = ("auto", "data", "hybrid", "towers")
+
+
+def automatic(network: AlexNet, ranks: int, global_batch: int) -> str:
+    """The layout that sends least: "hybrid" or "data".
+
+    For a sliced layer "data" sends the gradients of its weights, "hybrid" its inputs and their gradients.
+    """
+    layers = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    units = sum(layer.in_features for layer in layers)
+    divides = all(layer.out_features % ranks == 0 for layer in layers[:-1])
+    if ranks > 1 and len(layers) > 1 and divides and 2 * units * global_batch < weights:
+        return "hybrid"
+    return "data"
 
 
 class Layout:
-    """A network laid out over all ranks. The network is changed in place, before an optimiser is made for it.
+    """A network split across all ranks. Changes the network in place; create the optimiser afterwards.
 
     Args:
         network: with the same weights on every rank.
-        kind: one of LAYOUTS; on a single rank they are all the plain network.
+        kind: one of LAYOUTS; on a single rank each of them is the plain network. "auto": see `automatic`.
         global_batch: images a step over all ranks.
 
     Raises:
-        ModelError: a layout that the network or the number of ranks does not allow.
+        ModelError: the network or the number of ranks does not allow this layout.
     """
 
     def __init__(self, network: AlexNet, kind: str, ranks: Ranks, global_batch: int) -> None:
@@ -49,20 +63,20 @@ class Layout:
             raise ModelError(f"no layout {kind!r}: choose one of {', '.join(LAYOUTS)}")
         if kind == "towers" and ranks.world_size > 2:
             raise ModelError(f"--layout towers is for 2 ranks, not {ranks.world_size}: use data or hybrid")
+        if kind == "auto":
+            kind = automatic(network, ranks.world_size, global_batch)
         self.network, self.ranks = network, ranks
         self.kind = kind if ranks.world_size > 1 else "data"
         everything = self.kind == "towers"
-        # which part of each global batch this rank's loader brings, the images in it, and its first row
+        # the part of each global batch that this rank loads, its number of images, and its first row
         self.place = {
             "rank": 0 if everything else ranks.rank,
             "world_size": 1 if everything else ranks.world_size,
         }
         self.batch = global_batch // self.place["world_size"]
         self.first_row = self.place["rank"] * self.batch
-        self.dims: dict[
-            str, int
-        ] = {}  # of each sliced tensor of the state dict, the dimension it is sliced in
-        self._sliced: Tensor | None = None  # which of the parameters that `sum_of_slices` is asked for
+        self.dims: dict[str, int] = {}  # name of each sliced tensor -> the dimension in which it is sliced
+        self._sliced: Tensor | None = None  # which parameters are slices, in the order of `sum_of_slices`
         if self.kind != "data":
             self._plain = copy.deepcopy(network).to("meta")
             if self.kind == "towers":
@@ -70,7 +84,7 @@ class Layout:
             self._split_classifier()
 
     def _split_features(self) -> None:
-        """Half of the kernels; what normalises or reads beyond them fetches the other half's maps."""
+        """Keep half of the kernels; layers that need the other half's maps fetch them."""
         first = True
         for name, layer in list(self.network.features.named_children()):
             if isinstance(layer, nn.Conv2d):
@@ -87,11 +101,13 @@ class Layout:
                 setattr(self.network.features, name, _EdgedLRN(layer, self.ranks.rank))
 
     def _split_classifier(self) -> None:
-        """Slices of the outputs of fc6 and fc7, and of the inputs of fc8, whose partial sums are added up."""
+        """Slice the outputs of fc6 and fc7, and the inputs of fc8, whose partial sums are added up."""
         classifier, n = self.network.classifier, self.ranks.world_size
         linears = [name for name, layer in classifier.named_children() if isinstance(layer, nn.Linear)]
         if self.kind == "hybrid" and len(linears) == 1:
-            raise ModelError("--layout hybrid slices hidden fully connected layers, here are none: use data")
+            raise ModelError(
+                "--layout hybrid needs hidden fully connected layers, and this network has none: use --layout data"
+            )
         sliced = self.kind == "towers"  # whether the activations at this point are a slice of the units
         for name, layer in list(classifier.named_children()):
             if isinstance(layer, KeyedDropout) and sliced:
@@ -129,13 +145,13 @@ class Layout:
     # ---- between slices and whole tensors
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's own copy of its slice of the tensor that a plain network's state dict has as `name`."""
+        """A copy of this rank's slice of `whole`, the tensor `name` of the plain network's state dict."""
         if name not in self.dims:
             return whole
         return whole.chunk(self.ranks.world_size, self.dims[name])[self.ranks.rank].clone()
 
     def whole(self, name: str, part: Tensor) -> Tensor:
-        """The whole tensor of which `part` is this rank's slice; every rank must ask together."""
+        """The whole tensor of which `part` is this rank's slice. Collective: call it on every rank."""
         if name not in self.dims:
             return part
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self._n)]
@@ -147,15 +163,15 @@ class Layout:
         return self.ranks.world_size
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The plain network's state dict; every rank must ask together."""
+        """The plain network's state dict. Collective: call it on every rank."""
         return {name: self.whole(name, value) for name, value in self.network.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes a plain network's state dict."""
+        """Load a plain network's state dict."""
         self.network.load_state_dict({name: self.part(name, value) for name, value in state.items()})
 
     def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """As the plain network's optimiser has it; every rank must ask together."""
+        """The state dict of the plain network's optimiser. Collective: call it on every rank."""
         state = optimizer.state_dict()
         names = [name for name, _ in self._parameters(optimizer)]
         for index, entry in state["state"].items():
@@ -164,13 +180,13 @@ class Layout:
         return state
 
     def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Takes the state of a plain network's optimiser."""
+        """Load the state dict of a plain network's optimiser."""
         parameters = self._parameters(optimizer)
         mine = {}
         for index, entry in state["state"].items():
             name, parameter = parameters[index]
             mine[index] = {
-                # in the parameter's own memory format, which fused optimisers take for granted
+                # in the memory format of the parameter, which fused optimisers assume
                 k: torch.empty_like(parameter).copy_(self.part(name, v)) if _is_array(v) else v
                 for k, v in entry.items()
             }
@@ -184,18 +200,18 @@ class Layout:
     # ---- what training needs
 
     def distribute(self, static: bool = True, compress: bool = False) -> nn.Module:
-        """The module to call in training, which brings gradients together where ranks share weights.
+        """The module to call in training; it averages gradients where ranks share weights.
 
-        `static` as in `model.parallel.ranks.distribute`; `compress` sends these gradients as bfloat16.
+        `static`: see `model.parallel.ranks.distribute`. `compress` sends these gradients as bfloat16.
         """
         if self.kind == "towers":
             return self.network
         return distribute(self.network, self.ranks, static, compress, self.dims.keys())
 
     def plain_network(self, network: nn.Module) -> nn.Module:
-        """The plain network with the weights of `network`, to evaluate; every rank must ask together.
+        """The plain network with the weights of `network`, for evaluation. Collective: call it on every rank.
 
-        network: the one laid out, or an average of it.
+        network: the split network, or an average of it.
         """
         if self.kind == "data":
             return network
@@ -204,35 +220,55 @@ class Layout:
         return plain
 
     def average_buffers(self, network: nn.Module) -> None:
-        """As `model.parallel.ranks.average_buffers`; a tower's statistics are of the whole batch already."""
+        """`model.parallel.ranks.average_buffers`, except in towers, whose statistics cover the whole batch."""
         if self.kind != "towers":
             average_buffers(network, self.ranks)
 
     def sum_of_slices(self, values: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """Of (P, ...) values, one row a parameter: the sum over ranks for parameters that are slices."""
+        """Sum `values`, (P, ...) with one row a parameter, over ranks for parameters that are slices."""
         if not self.dims:
             return values
-        if self._sliced is None:  # made once: a copy to the device waits for it
+        if self._sliced is None:  # computed once: the copy to the device is synchronous
             names = {id(p): name for name, p in self.network.named_parameters()}
             self._sliced = torch.tensor([names[id(p)] in self.dims for p in parameters], device=values.device)
         sliced = self._sliced.view(-1, *[1] * (values.dim() - 1))
         return torch.where(sliced, self.ranks.sum(values.clone()), values)
 
     def grad_scaler(self, optimizer: torch.optim.Optimizer, enabled: bool) -> torch.amp.GradScaler:
-        """Float16's loss scaler; where ranks hold slices, an overflow in any skips the step of all."""
+        """The loss scaler for float16. Where ranks hold slices, an overflow on one rank skips the step on all."""
+        device = self.ranks.device.type
+        # LARS looks at the gradients, so the scale has to come off before its step
+        whole = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if whole and self.kind == "data":
+            return torch.amp.GradScaler(device, enabled=enabled)
+        # the fused step below skips an overflow on the device; told otherwise, the scaler waits to see for itself
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         if self.kind == "data":
-            return torch.amp.GradScaler(self.ranks.device.type, enabled=enabled)
-        # only gradients that the scaler itself divides are looked at on all ranks
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        return ShardedGradScaler(self.ranks.device.type, enabled=enabled, process_group=_world())
+            return _UnscaleFirst(device, enabled=enabled)
+        return _ShardedScaler(device, enabled=enabled, process_group=_world())
+
+
+class _UnscaleFirst(torch.amp.GradScaler):
+    """Takes the loss scale off the gradients before the step, where a fused optimiser would do so within it."""
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        if self.is_enabled():
+            self.unscale_(optimizer)
+            for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+                found.clamp_(max=1)  # a sum over ranks; fused optimisers look for 1
+        return super().step(optimizer, *args, **kwargs)
+
+
+class _ShardedScaler(_UnscaleFirst, ShardedGradScaler):
+    pass
 
 
 class _SplitInputs(nn.Linear):
-    """The last layer, of which each rank holds the columns of its slice of inputs.
+    """The last layer; each rank holds the columns for its slice of the inputs.
 
-    Takes (N, in_features / ranks), gives the logits of this rank's part of the rows (`own_rows`) or of all.
-    The gradient that goes back from here is that of the mean over all rows, where each rank's loss is a mean over
-    its own rows or, with all rows, the same loss `ranks` times.
+    Maps (N, in_features / ranks) to the logits of this rank's rows (`own_rows`) or of all rows. Each rank's loss is
+    the mean over its own rows, or, with all rows, the same loss on every rank. Either way the gradient passed back
+    is that of the mean over all rows.
     """
 
     def __init__(self, layer: nn.Module, own_rows: bool, ranks: int) -> None:
@@ -247,7 +283,7 @@ class _SplitInputs(nn.Linear):
 
 
 class _EdgedLRN(nn.Module):
-    """LRN of one tower's maps, whose windows reach over the edge into the other's: the same as over all maps."""
+    """LRN of one tower's maps. Its windows also cover maps of the other tower, so it equals LRN over all maps."""
 
     def __init__(self, lrn: LRN, rank: int) -> None:
         super().__init__()
@@ -275,28 +311,29 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _all_gather(x: Tensor) -> Tensor:
-    """All ranks' x one after the other, (ranks * N, ...); the gradient is summed over ranks."""
+    """Concatenate x of all ranks, (ranks * N, ...); the gradient is summed over ranks."""
     return funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), 0, _world()))
 
 
 def _gather_rows(x: Tensor, ranks: int) -> Tensor:
-    """The whole batch of which each rank has a part, from here on under the mean over all rows (_SplitInputs).
+    """Gather the whole batch from the parts of all ranks.
 
-    Back in the rank's own part, the gradient becomes that of the mean over the part, which DDP averages.
+    The gradient that arrives is that of the mean over all rows (see _SplitInputs). It is scaled to that of the mean
+    over this rank's part, as DDP expects.
     """
     return _all_gather(_scale_gradient(x, ranks))
 
 
 def _gather_units(x: Tensor) -> Tensor:
-    """All units (or maps) of which each rank has a slice: (N, C, ...) to (N, ranks * C, ...), channels-last."""
+    """Gather the units (or maps) of all ranks: (N, C, ...) to (N, ranks * C, ...), channels-last."""
     parts = _all_gather(x.movedim(1, -1)).split(len(x))
     return torch.cat(parts, -1).movedim(-1, 1)
 
 
 def _scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x, whose gradient is multiplied by `factor` on its way back."""
+    """x, with its gradient multiplied by `factor` in the backward pass."""
     if x.requires_grad:
-        x = x.view_as(x)  # the hook belongs to this use of x alone
+        x = x.view_as(x)  # so that the hook affects only this use of x
         x.register_hook(lambda gradient: gradient * factor)
     return x
 

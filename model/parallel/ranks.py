@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from base.errors import ModelError
 from base.machine import keep_freed_memory
+
+DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -204,13 +209,81 @@ def average_buffers(model: nn.Module, ranks: Ranks) -> None:
 
 
 def count_gpus(wanted: int | None) -> int:
-    """How many GPUs to use: all there are if `wanted` is None; raises ModelError if there are fewer."""
-    present = torch.cuda.device_count()
-    if wanted is None:
-        return present
-    if wanted > present:
+    """How many GPUs of this machine to use: all there are if `wanted` is None; 0 is the CPU.
+
+    Under torchrun its ranks decide. Raises ModelError if there are fewer, or if torch cannot compute on them.
+    """
+    present = 0 if wanted == 0 else torch.cuda.device_count()
+    if under_torchrun() and present:
+        ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        if ranks > present:
+            raise ModelError(
+                f"torchrun starts {ranks} ranks on this machine, which has {present} GPUs: "
+                f"use --nproc-per-node {present}, or --gpus 0 for the CPU"
+            )
+    elif wanted is not None and wanted > present:
         raise ModelError(
             f"--gpus {wanted} asked for, {present} found: use --gpus {present}"
             + (" (the CPU)" if present == 0 else "")
         )
-    return wanted
+    count = present if wanted is None or under_torchrun() else wanted
+    if count:
+        _check_driver()
+        for index in range(count):
+            _check_architecture(index)
+    return count
+
+
+def _check_driver() -> None:
+    """GPUs are counted through the driver's own library, which tells nothing of whether CUDA runs."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return
+    reason = str(told[-1].message).splitlines()[0] if told else "CUDA does not start"
+    reason = reason.removeprefix("CUDA initialization: ").split(". ")[0]
+    try:
+        driver = DRIVER_VERSION.read_text().strip()
+    except OSError:
+        driver = "of unknown version"
+    raise ModelError(
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use driver {driver}: {reason}; CUDA 13 "
+        "needs driver 580 or later, CUDA 12 (constraints-cuda12.txt) 525: update the driver, install the other "
+        "torch (docs/gpu.md), or use --gpus 0 for the CPU"
+    )
+
+
+def _check_architecture(index: int) -> None:
+    """Of torch's builds each holds machine code for some generations of cards."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built = torch.cuda.get_arch_list()
+    for kind, *version in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built)):
+        oldest = tuple(map(int, version))
+        # machine code runs on later cards of its generation, PTX on all later cards
+        if (major, minor) >= oldest and (kind == "compute" or major == oldest[0]):
+            return
+    raise ModelError(
+        f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(index)} (sm_{major}{minor}), "
+        f"only for {', '.join(built)}: install a torch built for it (docs/gpu.md), or use --gpus 0 for the CPU"
+    )
+
+
+class StopRequest:
+    """Set by SIGINT, SIGTERM or SIGHUP; a second one kills as usual, but not within a second of the first.
+
+    A signal that was ignored when the program started (nohup) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._since = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._request)
+
+    def _request(self, number: int, _frame: Any) -> None:
+        if self.requested and time.monotonic() - self._since > 1:  # launchers send some signals twice at once
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()

@@ -9,58 +9,94 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from base.errors import ModelError
+from base.files import atomic_file, fsync_directory, read_regular, remove_temporary, temporary_path
+from pipeline.preprocess import Preprocess
 
 DIGEST_BYTES = 64  # sha256 in hexadecimal
+MAX_BYTES = 16 << 30  # of a checkpoint; with 100,000 classes, momentum and an average it is 6 GB
+# what a run writes by way of temporary files, which a kill leaves
+OWN_FILES = r"(checkpoint-\d{9}|best)\.pt|config\.json|log\.jsonl|metrics\.csv"
 END_OF_ZIP = b"PK\x05\x06"  # the zip's last record, 22 bytes, ends with the length of the comment
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` by way of a temporary file, synced and renamed: a kill leaves the old or the new."""
+    """Write `state` to `path` by way of a temporary file, synced and renamed: a kill leaves the old or the new.
+
+    Tensors are saved from the CPU: a file of CUDA tensors would not load on a machine without a GPU.
+    """
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), state), buffer)
     content = buffer.getbuffer()
     if bytes(content[-22:-18]) != END_OF_ZIP:
         raise RuntimeError("torch.save no longer ends its files with a plain zip record")
     content[-2:] = DIGEST_BYTES.to_bytes(2, "little")
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with atomic_file(path) as file:
             file.write(content)
             file.write(hashlib.sha256(content).hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ModelError(f"the checkpoint {path} could not be written: {error.strerror}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; raises ModelError if it is missing, truncated or altered."""
+    """Read a checkpoint onto the CPU; raises ModelError if it is missing, truncated, altered or not one of ours.
+
+    The checksum finds accidents. A file made with intent is read by torch's restricted unpickler, which runs no
+    code, and takes no more memory than its size.
+    """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise ModelError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
     body, digest = memoryview(content)[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ModelError(f"the checkpoint {path} is damaged (its checksum does not match)")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)  # the rename itself must survive a power cut
-    finally:
-        os.close(descriptor)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+        # torch.save compresses nothing: what is compressed, or overlaps, could unfold to any size
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or (
+            sum(e.file_size for e in entries) > len(content)
+        ):
+            raise ValueError("it is compressed")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        _check(state)
+    except Exception as error:  # torch raises many kinds, some of many lines
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path} is no checkpoint of this program's train.py ({reason[:200]})") from None
+    return dict(state)
+
+
+def _check(state: Any) -> None:
+    """ValueError unless what every user of a checkpoint relies on has the right type."""
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    weights = state.get("model")
+    if not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
+        raise ValueError("its model is not a dictionary of tensors")
+    for name in ("step", "epoch"):
+        value = state.get(name, 0)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} is {value!r:.60}")
+    classes = state.get("classes", [])
+    if not isinstance(classes, list) or not all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("wnid"), str)
+        and isinstance(entry.get("name"), str | None)
+        for entry in classes
+    ):
+        raise ValueError("its classes are not a list of wnids and names")
+    if "preprocess" in state:
+        Preprocess.from_state_dict(state["preprocess"])
 
 
 class Checkpoints:
@@ -75,18 +111,17 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any], best: bool = False) -> Path:
         """Write one, drop those past `keep`; `best` makes it OUT/best.pt too (the same file, no copy)."""
-        for stale in self.out.glob(".*.tmp"):
-            stale.unlink()
+        remove_temporary(self.out, OWN_FILES)
         path = self.out / f"checkpoint-{state['step']:09d}.pt"
         if best:
             # before the numbered one: a run killed in between goes on from an earlier step and finds this best
             # again; the other way round it would never write it
             save(self.out / "best.pt", state)
-            link = self.out / f".{path.name}.tmp"
+            link = temporary_path(path)
             try:
                 os.link(self.out / "best.pt", link)
                 link.replace(path)
-                _sync_folder(self.out)
+                fsync_directory(self.out)
             except OSError:  # a file system without hard links
                 link.unlink(missing_ok=True)
                 save(path, state)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,26 @@ from torch import Tensor, nn
 from model.parallel.ranks import Ranks
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Float32 convolutions and matrix products as such: GPUs would round their inputs to TF32's 10 bits."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
 def log_probabilities(network: nn.Module, images: Tensor, amp: torch.dtype | None = None) -> Tensor:
-    """Log of the softmax, (N, classes) float32, of images (N, 3, H, W); `amp` is the autocast type.
+    """Log of the softmax, (N, classes) float32, of images (N, 3, H, W); `amp` is the autocast type, None float32.
 
     Of (N, K, 3, H, W): log of the softmax averaged over K crops (paper 4.1). Logs keep what would underflow.
     """
-    with torch.autocast(images.device.type, amp or torch.bfloat16, enabled=amp is not None):
+    precision = torch.autocast(images.device.type, amp) if amp else full_float32()
+    with precision:
         logits = network(images.flatten(0, 1) if images.ndim == 5 else images).float()
     logp = F.log_softmax(logits, dim=1)
     if images.ndim == 5:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import ipaddress
 import logging
 import os
 import queue
@@ -31,6 +32,7 @@ import google.protobuf
 import lmdb
 import numpy as np
 from distributed import Client, Future, KilledWorker, Security, get_worker
+from distributed.comm.addressing import parse_host_port
 from distributed.core import connect
 
 from base.errors import DataError
@@ -52,6 +54,12 @@ class Cluster:
 
     def __init__(self, address: str, source: Path, out: Path) -> None:
         self._address = address
+        if is_exposed(address):
+            print(
+                f"warning: {address} is neither this machine nor tls://: whoever reaches that port can run code on "
+                "the scheduler, the workers and here; see docs/security.md",
+                file=sys.stderr,
+            )
         for logger in ("distributed", "distributed.client"):  # what matters is said below
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         try:
@@ -246,6 +254,18 @@ class ClusterPool(JobQueue):
         if kind == "exception":
             raise RuntimeError(f"on a worker of the cluster:\n{value}")
         return Done(value)
+
+
+def is_exposed(address: str) -> bool:
+    """Whether other machines may reach the scheduler without a certificate: Dask asks for no password."""
+    scheme, _, location = address.rpartition("://")
+    if scheme in ("tls", "wss", "inproc"):
+        return False
+    try:
+        host, _ = parse_host_port(location, 0)
+        return not (host == "localhost" or ipaddress.ip_address(host).is_loopback)
+    except ValueError:
+        return True
 
 
 def _scheduler_gone() -> DataError:

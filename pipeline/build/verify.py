@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from base.files import file_sha256
 from pipeline.build.workers import Crashed, Report, WorkerPool
 from pipeline.datum_pb2 import Datum
 from pipeline.preprocess import decode
-from pipeline.shards import DATABASE, RECORD_CRCS, Manifest, record_key
+from pipeline.shards import DATABASE, Manifest, read_crcs, record_key
 
 MAX_PROBLEMS = 20  # named per shard: a broken disk damages thousands
 
@@ -50,15 +49,13 @@ def verify_split(
     DataError when the manifest itself is missing or damaged: nothing can be compared then.
     """
     manifest = Manifest.load(split_dir)
-    problems = []
+    problems = [
+        f"{name}: not in the manifest, so it is not read: delete it" for name in _strays(split_dir, manifest)
+    ]
     try:
-        mean = manifest.load_mean(split_dir)
-        if mean.shape != (manifest.size, manifest.size, 3) or mean.dtype != np.float32:
-            problems.append(f"mean.npy: {mean.dtype} {mean.shape} instead of a float32 image")
+        manifest.load_mean(split_dir)
     except DataError as error:
         problems.append(error.message)
-    if sum(shard["count"] for shard in manifest.shards) != manifest.count:
-        problems.append("manifest.json: the shards' counts do not add up")
     reports: dict[int, ShardReport] = {}
     done = 0
     with WorkerPool(check_shard, max(1, min(workers, len(manifest.shards)))) as pool:
@@ -82,6 +79,13 @@ def verify_split(
     return manifest, [reports[number] for number in range(len(manifest.shards))], problems
 
 
+def _strays(split_dir: Path, manifest: Manifest) -> list[str]:
+    """Folders of a split that its manifest does not name; hidden ones are the system's."""
+    known = {shard["name"] for shard in manifest.shards}
+    folders = (path for path in split_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in folders if path.name not in known)
+
+
 def count_duplicates(reports: list[ShardReport]) -> int:
     """Images whose bytes equal those of an earlier one."""
     digests = np.concatenate([report.digests for report in reports])
@@ -95,8 +99,12 @@ def check_shard(check: _ShardCheck, report: Report) -> ShardReport:
     directory = check.split_dir / shard["name"]
     result = ShardReport(shard["name"], 0, [], np.empty(0, np.uint64))
     problems = result.problems
+    crcs: np.ndarray | None = None
     try:
-        crcs = _read_crcs(directory / RECORD_CRCS, shard, problems)
+        crcs = read_crcs(directory, shard)
+    except DataError as error:
+        problems.append(error.message)
+    try:
         if (actual := (directory / DATABASE).stat().st_size) != shard["bytes"]:
             problems.append(f"{DATABASE}: {actual:,} bytes instead of {shard['bytes']:,}")
             return result  # reading beyond the end of a short file would kill the process
@@ -133,15 +141,6 @@ def check_shard(check: _ShardCheck, report: Report) -> ShardReport:
         problems.append(f"{DATABASE}: its checksum differs, but no record: the damage is between them")
     result.digests = np.frombuffer(b"".join(digests), np.uint64)
     return result
-
-
-def _read_crcs(path: Path, shard: dict[str, object], problems: list[str]) -> np.ndarray | None:
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != shard["crc32_sha256"]:
-        problems.append(f"{RECORD_CRCS}: its checksum differs")
-        return None
-    crcs: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
-    return crcs
 
 
 def _payload(record: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """Which sample, crop, flip and colour shift at each step: a pure function of (seed, epoch, step, position).
 
-Nothing here remembers anything but the order of the current epoch, so a run resumes in mid-epoch exactly, and
-the stream stays the same whatever the number of ranks, as long as the global batch stays.
+Nothing is remembered but the order of the current epoch. So a run resumes exactly in mid-epoch, and the stream does
+not depend on the number of ranks, as long as the global batch is the same.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 
 from base.errors import DataError
 
-ORDER, VIEW, DROPOUT, MIXUP = range(4)  # one Philox key per purpose: the streams can never meet
+ORDER, VIEW, DROPOUT, MIXUP = range(4)  # one Philox key per purpose, so that the streams never overlap
 AUGMENTATIONS = ("all", "crop", "flip", "none")
 
 
 class Views(NamedTuple):
-    """How each sample of one global batch is seen; N is the global batch."""
+    """Crop, flip and colour of each sample of one global batch of N."""
 
     anchor: np.ndarray  # (N, 2) int32: top row and left column of the crop, pixels
     flip: np.ndarray  # (N,) int32: 1 mirrors left to right
@@ -29,10 +29,10 @@ class Views(NamedTuple):
 class Plan:
     """The random decisions of a training run (paper, section 4.1).
 
-    `count` samples in the set, `global_batch` samples a step over all ranks. Crop offsets run over
-    0..size-crop-1 in both axes: 32 * 32 * 2 = 2048 views at 256 and 224, as the paper counts them.
-    The last `count % global_batch` samples of each epoch's order are left out; the order differs every epoch.
-    Raises DataError if the set is smaller than one global batch.
+    `count` samples in the set, `global_batch` samples a step over all ranks. Crop offsets are in 0..size-crop-1 in
+    both axes: 32 * 32 * 2 = 2048 views for sizes of 256 and 224, as the paper counts them. The last
+    `count % global_batch` samples of each epoch's order are left out; every epoch has another order. Raises
+    DataError if the set is smaller than one global batch.
     """
 
     count: int
@@ -60,7 +60,7 @@ class Plan:
         return self.count // self.global_batch
 
     def _generator(self, purpose: int, epoch: int, step: int) -> np.random.Generator:
-        # Philox counts upwards in the counter's first word, so (step, epoch) own disjoint stretches
+        # Philox increments the first word of the counter, so each (step, epoch) has a range of its own
         key = np.array([self.seed & (2**64 - 1), purpose], dtype=np.uint64)
         counter = np.array([0, 0, step, epoch], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -68,7 +68,7 @@ class Plan:
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's order of all samples: (count,) uint32, a permutation."""
         if epoch not in self._order:
-            self._order.clear()  # prefetching never looks back, so one epoch's order is enough
+            self._order.clear()  # batches are asked for in order, so one epoch's order is enough
             order = np.arange(self.count, dtype=np.uint32)
             self._generator(ORDER, epoch, 0).shuffle(order)
             self._order[epoch] = order
@@ -83,7 +83,7 @@ class Plan:
     def views(self, epoch: int, step: int) -> Views:
         """Crop, flip and colour draws of one global batch."""
         n, random = self.global_batch, self._generator(VIEW, epoch, step)
-        # always drawn, in this order, so that switching one augmentation off leaves the others as they were
+        # always drawn, in this order, so that turning one augmentation off does not change the others
         anchor = random.integers(0, max(1, self.size - self.crop), size=(n, 2), dtype=np.int32)
         flip = random.integers(0, 2, size=n, dtype=np.int32)
         color = (random.standard_normal((n, 3)) * self.color_std).astype(np.float32)
@@ -94,23 +94,25 @@ class Plan:
         return Views(anchor, flip, color)
 
     def dropout_key(self, epoch: int, step: int) -> int:
-        """63 random bits that determine every dropout mask of one step."""
+        """63 random bits that determine all dropout masks of one step."""
         return int(self._generator(DROPOUT, epoch, step).integers(0, 2**63 - 1))
 
     def mixup(self, epoch: int, step: int, alpha: float) -> np.ndarray:
-        """How much of itself each image of one global batch keeps: (global_batch,) float32 in 0..1.
+        """The weight of each image in its mixture: (global_batch,) float32 in 0..1, from Beta(alpha, alpha).
 
-        Each from Beta(alpha, alpha) (Zhang et al., arXiv:1710.09412). The rest comes from its neighbour,
-        position XOR 1 of the global batch: the order is random, so the neighbour is, and where every rank has an
-        even share it lies on the same rank.
+        The rest comes from its neighbour, at position XOR 1 of the global batch (Zhang et al., arXiv:1710.09412).
+        The order is random, so the neighbour is, too; with an even share for each rank it is on the same rank.
         """
         random = self._generator(MIXUP, epoch, step)
         return random.beta(alpha, alpha, self.global_batch).astype(np.float32)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_order": {}}  # 60 MB at 15 M samples that a worker rebuilds in a moment
+        return {
+            **self.__dict__,
+            "_order": {},
+        }  # 60 MB for 15 million samples, which a reader process rebuilds in about a second
 
 
 def rank_slice(total: int, rank: int, world_size: int) -> slice:
-    """The contiguous share of `rank` in `total` positions; the shares of all ranks tile them exactly once."""
+    """The contiguous share of `rank` in `total` positions; the shares of all ranks cover each position once."""
     return slice(total * rank // world_size, total * (rank + 1) // world_size)

@@ -6,6 +6,7 @@ whoever asks the queue next waits for ever: the process itself has to be looked 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from base.errors import DataError
 
 PATIENCE = 5.0  # seconds that a call may stay in DALI after a reader's death
 SHARED_MEMORY = "/dev/shm"
+ROOM = 1 << 20  # bytes free in it: with less it is full, and kills whoever writes to it
 
 
 class ReaderWatch:
@@ -104,10 +106,10 @@ def _end(processes: list[Any], pool: Any) -> None:
 def death(exitcode: int | None) -> str:
     """One line: what killed a reader, and what to do."""
     if exitcode == -signal.SIGBUS:
-        return (
-            f"a process that reads shards died of SIGBUS: {SHARED_MEMORY} is too small (docker run --shm-size 1g, "
-            "or --workers 0), or the disk of the shards has gone"
-        )
+        full = f"{SHARED_MEMORY} is too small (docker run --shm-size 1g, or --workers 0)"
+        lost = "a shard was cut, or its disk has gone (check with `python tools/verify_lmdb.py`)"
+        likely, other = (full, lost) if _free_shared_memory() < ROOM else (lost, full)
+        return f"a process that reads shards died of SIGBUS: {likely}; or else {other}"
     if exitcode == -signal.SIGKILL:
         return "a process that reads shards was killed (out of memory?): go on with --resume, or with --workers 0"
     if exitcode is None:
@@ -122,16 +124,21 @@ def death(exitcode: int | None) -> str:
 
 def check_shared_memory(bytes_a_batch: int, batches: int) -> None:
     """DataError unless /dev/shm has room for that many batches: full, it kills whoever writes to it."""
+    free, needed = _free_shared_memory(), bytes_a_batch * batches
+    if free < needed:
+        raise DataError(
+            f"{SHARED_MEMORY} has {int(free) >> 20} MiB free, the batches between the reading processes and the "
+            f"trainer need {-(-needed >> 20)} MiB: docker run --shm-size 1g, or --workers 0"
+        )
+
+
+def _free_shared_memory() -> float:
+    """In bytes; infinite on a system that keeps shared memory elsewhere."""
     try:
         room = os.statvfs(SHARED_MEMORY)
     except OSError:
-        return  # a system that keeps shared memory elsewhere
-    free, needed = room.f_bavail * room.f_frsize, bytes_a_batch * batches
-    if free < needed:
-        raise DataError(
-            f"{SHARED_MEMORY} has {free >> 20} MiB free, the batches between the reading processes and the trainer "
-            f"need {-(-needed >> 20)} MiB: docker run --shm-size 1g, or --workers 0"
-        )
+        return math.inf
+    return room.f_bavail * room.f_frsize
 
 
 @contextmanager

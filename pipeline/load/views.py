@@ -1,8 +1,9 @@
 """Crop, mirror, colour shift and mean of decoded images in one pass, on the CPU.
 
-DALI's operators for these each go over the batch in memory, which together takes longer than decoding it
-(docs/performance.md). The kernel, native/views.cpp, gives what they give: bit for bit with a mean image, while with
-a mean a channel they subtract mean minus shift and round differently, by 1e-5 levels. On a GPU they are DALI's.
+DALI has an operator for each of these, and each passes over the batch in memory, which together takes longer than
+decoding (docs/performance.md). The kernel, native/views.cpp, gives the same result: bit for bit with a mean image;
+with one mean a channel DALI subtracts (mean - shift) and rounds differently, by 1e-5 levels. GPUs use DALI's
+operators.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ def ten_views(size: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def with_mirror_image(mean: np.ndarray) -> np.ndarray:
-    """The mean image and its mirror image side by side, (size, 2 * size, 3) float32: one slice is any crop's part.
+    """The mean image and its mirror image side by side, (size, 2 * size, 3) float32.
 
-    Column x of the mean image is column 2 * size - 1 - x of the pair.
+    The part for any crop, flipped or not, is one slice: column x of the mean image is also column 2 * size - 1 - x
+    of the pair.
     """
     return np.ascontiguousarray(np.concatenate([mean, mean[:, ::-1]], axis=1), np.float32)
 
@@ -35,8 +37,8 @@ def with_mirror_image(mean: np.ndarray) -> np.ndarray:
 class ViewCutter:
     """Turns decoded images and the plan's numbers into the network's input.
 
-    `mean`: (size, size, 3) float32, subtracted at the positions that a crop comes from. `threads` of them work on
-    a batch. Use `ViewCutter.of`, which says where this can be done.
+    `mean`: (size, size, 3) float32; the part at the crop's position is subtracted. `threads`: how many work on a
+    batch. Create it with `ViewCutter.of`, which returns None where there is no kernel.
     """
 
     def __init__(
@@ -44,13 +46,13 @@ class ViewCutter:
     ) -> None:
         self._size, self._crop, self._dtype, self._threads = len(mean), crop, dtype, threads
         if mean.shape != (self._size, self._size, 3) or not 0 < crop <= self._size:
-            raise ValueError(f"no crop of {crop} pixels of a mean image of {mean.shape}")
+            raise ValueError(f"a crop of {crop} pixels does not fit a mean image of shape {mean.shape}")
         self._kernel = library[KERNELS[dtype]]
         self._means = torch.from_numpy(with_mirror_image(mean))
 
     @classmethod
     def of(cls, mean: np.ndarray, crop: int, dtype: torch.dtype, threads: int) -> ViewCutter | None:
-        """None for a `dtype` without a kernel, and where it cannot be built: DALI's operators do it then."""
+        """None where `dtype` has no kernel or the kernel cannot be built; use DALI's operators then."""
         if dtype not in KERNELS:
             return None
         slower = "batches are cropped by DALI's operators, slower"
@@ -73,7 +75,7 @@ class ViewCutter:
             ("flips", flips, torch.int32, (count,)),
             ("shifts", shifts, torch.float32, (count, 3)),
         )
-        for name, tensor, dtype, shape in expected:  # the kernel believes all of it
+        for name, tensor, dtype, shape in expected:  # the kernel does not check
             if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or tensor.is_cuda:
                 found = f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
                 raise ValueError(f"{name} are {found}, not {dtype} {shape}, contiguous, on the CPU")

@@ -57,9 +57,9 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for command in commands
     ]
     try:
-        wait_until(file.exists, 60)
+        wait_until(file.exists)
         with distributed.Client(scheduler_file=str(file), set_as_default=False) as client:
-            client.wait_for_workers(2, timeout=60)
+            client.wait_for_workers(2, timeout=200)
             yield client.scheduler.address
     finally:
         for process in processes:
@@ -103,6 +103,34 @@ def _held_up(out: Path, number: int) -> Iterator[Path]:
         yield work
 
 
+@pytest.mark.parametrize(
+    ("address", "exposed"),
+    [
+        ("tcp://127.0.0.1:8786", False),
+        ("127.0.0.2:8786", False),
+        ("tcp://localhost:8786", False),
+        ("tcp://[::1]:8786", False),
+        ("tls://10.0.0.1:8786", False),
+        ("tcp://10.0.0.1:8786", True),
+        ("node7:8786", True),
+        ("tcp://0.0.0.0:8786", True),
+        ("ws://scheduler:80", True),
+        ("tcp://localhost.example.com:8786", True),
+    ],
+)
+def test_a_scheduler_that_others_can_reach_is_warned_of(
+    address: str,
+    exposed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cluster_module, "SECONDS_TO_CONNECT", 0)
+    with pytest.raises(DataError, match="no Dask scheduler answers"):
+        cluster_module.Cluster(address, tmp_path, tmp_path / "out")
+    assert ("docs/security.md" in capsys.readouterr().err) == exposed
+
+
 def _pids(scheduler: str) -> list[int]:
     with distributed.Client(scheduler, set_as_default=False) as client:
         return list(client.run(os.getpid).values())
@@ -114,7 +142,7 @@ def test_a_worker_killed_in_mid_build_costs_nothing(
     victim = _pids(scheduler)[0]
     with _held_up(tmp_path, 11) as work:
         process = _start(scheduler, slow_folder, tmp_path, "--resume")
-        wait_until(lambda: any(work.glob("shard-*.npz")), 60)
+        wait_until(lambda: any(work.glob("shard-*.npz")))
         os.kill(victim, signal.SIGKILL)
         assert len(list(work.glob("shard-*.npz"))) < 12  # shards in all
     said, errors = process.communicate(timeout=120)
@@ -130,9 +158,9 @@ def test_ctrl_c_stops_the_workers_and_resume_goes_on(
 ) -> None:
     with _held_up(tmp_path, 11) as work:
         process = _start(scheduler, slow_folder, tmp_path, "--resume")
-        wait_until(lambda: any(work.glob("shard-*.npz")), 60)
+        wait_until(lambda: any(work.glob("shard-*.npz")))
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=200)
         assert process.returncode == 130
         assert "Traceback" not in errors and errors.splitlines()[-1] == "Interrupted: continue with --resume."
         assert not list(work.glob("*.at"))
@@ -405,7 +433,7 @@ def test_workers_with_several_threads_are_refused(class_folders: Path, tmp_path:
             with pytest.raises(DataError, match=wanted):
                 pool._look()
             serve = client.submit(cluster_module._serve, print, None, tmp_path, cluster_module._versions())
-            assert serve.result(timeout=30) == (
+            assert serve.result(timeout=200) == (
                 "data error",
                 f"a worker that joined later {wanted}, and one worker a core with `--nworkers`",
             )

@@ -8,7 +8,7 @@ from torch import nn
 from base.errors import ModelError
 from model.alexnet import AlexNet
 from model.dropout import KeyedDropout
-from tools.peers import import_torchvision
+from tools.bench.reference import import_torchvision
 
 
 def images(count, size=224, seed=0):
@@ -143,12 +143,12 @@ def test_other_image_sizes(variant, size, stride):
     [
         ({"image_size": 62}, "images of 62 pixels are too small .* use at least 63 pixels"),
         ({"image_size": 32}, "images of 32 pixels are too small"),
-        ({"variant": "vgg"}, "no variant 'vgg': choose one of paper, owt, bn, cifar"),
+        ({"variant": "vgg"}, "no variant 'vgg': choose one of paper, owt, bn, cifar-80sec, cifar-18pct"),
         ({"activation": "gelu"}, "choose one of relu, tanh, sigmoid"),
         ({"groups": 3}, "groups is 3"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"drop_layers": ("conv1", "conv3")}, "cannot drop conv1: only conv2"),
-        ({"variant": "cifar", "groups": 2}, "variant cifar has no groups"),
+        ({"variant": "cifar-18pct", "groups": 2}, "variant cifar-18pct has no groups"),
         ({"num_classes": 0}, "num_classes 0"),
         ({"pool": (3, 0)}, "at least 1"),
     ],

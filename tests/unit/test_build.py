@@ -161,7 +161,7 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(slow_folders: Path, tmp_path: 
     )
     wait_until(lambda: any((tmp_path / "train.partial").glob("work/shard-*.npz")))
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "Traceback" not in errors and errors.splitlines()[-1] == "Interrupted: continue with --resume."
 
@@ -344,6 +344,7 @@ def _write_shard_or_die(job, report) -> None:  # type: ignore[no-untyped-def]
 real_write_shard = pipeline.build.split.write_shard
 
 
+@pytest.mark.slow
 def test_a_file_that_crashes_the_decoder_is_rejected(
     class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +365,7 @@ def _always_die(job, report) -> None:  # type: ignore[no-untyped-def]
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_workers_that_always_die_end_the_build(
     class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,17 @@
 """Checkpoints: whole or not at all, refused by name when damaged."""
 
+import hashlib
+import io
 import os
+import pickle
 import zipfile
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from base.errors import ModelError
+from base.files import temporary_path
 from model.training.checkpoint import Checkpoints, find, load, save
 
 STATE = {"model": {"w": torch.arange(1000.0)}, "step": 7, "variant": "paper", "lr": 0.1}
@@ -19,6 +24,20 @@ def test_round_trip_and_still_an_ordinary_torch_file(tmp_path):
         assert torch.equal(back["model"]["w"], STATE["model"]["w"]) and back["step"] == 7
     assert zipfile.ZipFile(path).testzip() is None
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_tensors_are_saved_from_the_cpu(tmp_path, monkeypatch):
+    """As fake CUDA tensors show without a GPU."""
+    saved = []
+    write = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: (saved.append(state), write({}, file)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = torch.empty(3, device="cuda")
+        optimizer = {"state": {0: {"momentum_buffer": weight}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+        save(tmp_path / "c.pt", {"model": {"w": weight}, "optimizer": optimizer, "step": 7})
+    assert saved[0]["model"]["w"].device.type == "cpu" and saved[0]["step"] == 7
+    assert saved[0]["optimizer"]["state"][0]["momentum_buffer"].device.type == "cpu"
+    assert saved[0]["optimizer"]["param_groups"] == optimizer["param_groups"]
 
 
 def test_every_flipped_byte_and_every_truncation_is_refused_by_name(tmp_path):
@@ -51,10 +70,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 def test_the_last_few_and_the_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
-    (tmp_path / ".checkpoint-000000001.pt.tmp").write_bytes(b"left by a kill")
+    temporary_path(tmp_path / "checkpoint-000000001.pt").write_bytes(b"left by a kill")
+    (tmp_path / ".thesis.tmp").write_bytes(b"the user's")
+    (tmp_path / ".folder.tmp").mkdir()
     for step in (1, 2, 3, 4):
         checkpoints.save({**STATE, "step": step}, best=step == 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".folder.tmp",
+        ".thesis.tmp",
         "best.pt",
         "checkpoint-000000003.pt",
         "checkpoint-000000004.pt",
@@ -97,3 +120,80 @@ def test_only_a_run_that_goes_on_is_told_how(tmp_path):
         checkpoints.newest()
     with pytest.raises(ModelError, match=r"best\.pt is damaged \([^)]*\)$"):
         load(find(tmp_path))
+
+
+def signed(path, content):
+    """Write what somebody who means harm makes: any zip, with the right checksum."""
+    content = bytearray(content)
+    content[-2:] = (64).to_bytes(2, "little")
+    path.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
+
+
+def test_deflated_storages_are_refused_before_they_unfold(tmp_path):
+    buffer, packed = io.BytesIO(), io.BytesIO()
+    torch.save({**STATE, "model": {"w": torch.zeros(1 << 20)}}, buffer)
+    with (
+        zipfile.ZipFile(buffer) as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert len(packed.getvalue()) < 1 << 14
+    signed(tmp_path / "c.pt", packed.getvalue())
+    with pytest.raises(ModelError, match=r"c\.pt is no checkpoint .*\(it is compressed\)"):
+        load(tmp_path / "c.pt")
+
+
+class Harm:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/harm",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": None},
+        {"step": -1},
+        {"epoch": "9"},
+        {"model": [1]},
+        {"model": {"w": 1}},
+        {"classes": 10},
+        {"classes": [{"wnid": "a", "name": 1}]},
+        {"classes": [None]},
+        {"preprocess": None},
+        {"preprocess": {"size": 256, "crop": 224, "mean_mode": "none", "mean": torch.zeros(4, 4, 3)}},
+        {"lr": Harm()},
+    ],
+    ids=lambda change: next(iter(change.items()))[0],
+)
+def test_what_train_py_does_not_write_is_refused_in_one_line(tmp_path, change):
+    buffer = io.BytesIO()
+    torch.save({**STATE, **change}, buffer)
+    signed(tmp_path / "c.pt", buffer.getvalue())
+    with pytest.raises(ModelError, match=r"c\.pt is no checkpoint") as caught:
+        load(tmp_path / "c.pt")
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("content", [b"PK\x05\x06" + bytes(18), pickle.dumps(STATE["lr"]) + bytes(99)])
+def test_other_files_are_refused_in_one_line(tmp_path, content):
+    signed(tmp_path / "c.pt", content)
+    with pytest.raises(ModelError, match=r"c\.pt is no checkpoint") as caught:
+        load(tmp_path / "c.pt")
+    assert "\n" not in caught.value.message
+
+
+def test_a_pipe_or_a_folder_in_place_of_a_checkpoint_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "best.pt")
+    with pytest.raises(ModelError, match="not a regular file"):
+        load(find(tmp_path))
+    (tmp_path / "checkpoint-000000001.pt").mkdir()
+    with pytest.raises(ModelError, match="not a regular file"):
+        Checkpoints(tmp_path).newest()
+
+
+def test_a_planted_link_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / "best.pt").symlink_to(tmp_path / "victim")
+    Checkpoints(tmp_path).save(STATE, best=True)
+    assert (tmp_path / "victim").read_bytes() == b"precious" and load(tmp_path / "best.pt")["step"] == 7

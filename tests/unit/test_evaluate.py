@@ -2,7 +2,12 @@
 
 import csv
 import json
+import os
+import pickle
 import re
+import shutil
+import tracemalloc
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -14,11 +19,14 @@ from helpers import CROP, make_run, softmax
 from model.parallel.ranks import Ranks, launch
 from model.training import checkpoint
 from model.training.evaluation import evaluate as evaluate_in_training
+from model.training.evaluation import log_probabilities
 from pipeline.load.loader import eval_loader
 from pipeline.preprocess import stored_image
-from pipeline.shards import ShardReader
+from pipeline.shards import Manifest, ShardReader
 from tools import evaluate as tool
-from tools.common import load_run
+from tools.lib.figures import confusion_figure
+from tools.lib.runs import class_names, load_run
+from tools.lib.scores import Scores, as_csv, judge
 
 QUICK = ["--gpus", "0", "--workers", "0", "--no-progress"]
 
@@ -102,24 +110,30 @@ def test_training_validates_the_same(runs, dataset):
     trained, reader = load_run(runs[0]), ShardReader(dataset / "val")
     loader = eval_loader(reader, trained.preprocess, 7, workers=0)
     wanted = evaluate_in_training(trained.network, loader, Ranks())
-    found = tool.score(*tool.judge(trained, reader, Ranks(), batch=5, workers=0, progress=False))
-    assert found == pytest.approx(wanted, rel=1e-5)
+    (found,) = judge([trained], reader, Ranks(), batch=5, workers=0, progress=False)
+    assert found.overall() == pytest.approx(wanted, rel=1e-5)
 
 
 def _two_ranks(ranks, config):
-    run, data, out = config
+    runs, data, out = config
     torch.set_num_threads(1)
-    results = tool.judge(load_run(run), ShardReader(data / "val"), ranks, batch=5, workers=0, progress=False)
+    networks = [load_run(run) for run in runs]
+    results = judge(networks, ShardReader(data / "val"), ranks, batch=5, workers=0, progress=False)
     if ranks.first:
-        torch.save(results, out)
+        out.write_bytes(pickle.dumps(results))
 
 
+@pytest.mark.slow
 def test_ranks_share_the_images_and_count_each_once(runs, dataset, tmp_path):
-    launch(_two_ranks, (runs[1], dataset, tmp_path / "two.pt"), 2, gpu=False)
-    logp, labels = torch.load(tmp_path / "two.pt")
-    alone = tool.judge(load_run(runs[1]), ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
-    assert torch.equal(labels, alone[1])
-    torch.testing.assert_close(logp, alone[0], rtol=1e-4, atol=1e-4)
+    launch(_two_ranks, (runs, dataset, tmp_path / "two"), 2, gpu=False)
+    two = pickle.loads((tmp_path / "two").read_bytes())
+    networks = [load_run(run) for run in runs]
+    alone = judge(networks, ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
+    assert len(two) == len(alone) == 3
+    for found, wanted in zip(two, alone, strict=True):
+        for name in ("labels", "guesses", "in_top"):
+            assert np.array_equal(getattr(found, name), getattr(wanted, name))
+        np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-4, atol=1e-4)
 
 
 def test_classes_and_confusion_add_up(runs, reference, dataset, tmp_path):
@@ -143,13 +157,84 @@ def test_classes_and_confusion_add_up(runs, reference, dataset, tmp_path):
     assert picture is not None and min(picture.shape[:2]) > 300
 
 
-def test_confusion_has_true_rows_and_a_picture_for_a_thousand_classes():
-    logp = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]).log()
-    counts = tool.confusion(logp, torch.tensor([0, 0, 1]))
-    assert counts.tolist() == [[1, 1], [0, 1]]
-    many = torch.eye(1000, dtype=torch.int64) * 3
-    many[3, 7] = 2
-    assert tool.confusion_figure(many, [f"class ${i}" for i in range(1000)]).axes
+def scores_of(labels, guesses, classes):
+    labels, guesses = np.array(labels, np.int32), np.array(guesses, np.int32)
+    losses = np.zeros(len(labels), np.float32)
+    return Scores(labels, guesses, in_top=labels == guesses, losses=losses, classes=classes)
+
+
+def test_confusion_pairs_are_true_then_guess_and_become_a_map_of_true_rows():
+    scores = scores_of([0, 0, 1, 2, 2, 2], [1, 0, 1, 0, 0, 1], 3)
+    pairs = scores.confusion()
+    assert [a.tolist() for a in pairs] == [[0, 0, 1, 2, 2], [0, 1, 1, 0, 1], [1, 1, 1, 2, 1]]
+    classes = [{"wnid": wnid, "name": None} for wnid in "abc"]
+    shown = np.asarray(confusion_figure(pairs, classes).axes[0].images[0].get_array())
+    np.testing.assert_allclose(shown, [[1 / 2, 1 / 2, 0], [0, 1, 0], [2 / 3, 1 / 3, 0]])
+    mistakes = [(row["mistaken_for"], row["mistaken_images"]) for row in scores.per_class(classes)]
+    assert mistakes == [("b", 1), ("", 0), ("a", 2)]
+
+
+def test_memory_does_not_grow_with_images_times_classes():
+    """20,000 x 20,000: a matrix of either kind would take gigabytes."""
+    n = 20_000
+    random = np.random.default_rng(0)
+    classes = [{"wnid": f"n{i:08d}", "name": f"class ${i}"} for i in range(n)]
+    tracemalloc.start()
+    try:
+        scores = scores_of(random.permutation(n), random.integers(0, n, n), n)
+        assert all(array.ndim == 1 for array in vars(scores).values() if isinstance(array, np.ndarray))
+        assert scores.overall()["count"] == n
+        table = as_csv(scores.per_class(classes))
+        figure = confusion_figure(scores.confusion(), classes)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 150e6, peak
+    assert len(table.splitlines()) == n + 1
+    assert figure.axes[0].images[0].get_array().shape == (1000, 1000)  # each cell stands for 20 x 20
+
+
+def test_judging_keeps_some_bytes_an_image(dataset, tmp_path):
+    run = make_run(tmp_path / "run", dataset)
+    (scores,) = judge([load_run(run)], ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
+    arrays = [value for value in vars(scores).values() if isinstance(value, np.ndarray)]
+    assert [array.shape for array in arrays] == [(24,)] * 4
+    assert sum(array.nbytes for array in arrays) == 13 * 24
+
+
+def test_names_are_split_only_where_they_are_synonyms_and_always_tell_classes_apart():
+    def names(*pairs):
+        return class_names([{"wnid": wnid, "name": name} for wnid, name in pairs])
+
+    assert names(("n1", "tench, Tinca tinca"), ("apple, red", None)) == ["tench", "apple, red"]
+    assert names(("apple, green", None), ("apple, red", None)) == ["apple, green", "apple, red"]
+    assert names(("n1", "crane"), ("n2", "crane, lifter"), ("n3", "dog")) == ["crane", "crane, lifter", "dog"]
+    assert names(("n1", "maillot"), ("n2", "maillot")) == ["maillot (n1)", "maillot (n2)"]
+
+
+def renamed(dataset, out, classes):
+    """A copy of the data set's val with other class names, and a run trained on them."""
+    shutil.copytree(dataset / "val", out / "data" / "val")
+    manifest = replace(Manifest.load(dataset / "val"), classes=classes)
+    manifest.save(out / "data" / "val")
+    run = make_run(out / "run", dataset)
+    checkpoint.save(run / "best.pt", checkpoint.load(run / "best.pt") | {"classes": classes})
+    return run, out / "data"
+
+
+def test_hostile_class_names_reach_tables_and_pictures_unharmed(dataset, tmp_path):
+    wnids = ["caf\udce9", "=HYPERLINK(1)", "a\x1b[31m", "猫"]
+    run, data = renamed(dataset, tmp_path, [{"wnid": wnid, "name": None} for wnid in wnids])
+    out = tmp_path / "out"
+    invoke(
+        run, "--data", data, "--csv", out / "c.csv", "--confusion", out / "c.png", "--json", out / "j.json"
+    )
+    rows = list(csv.DictReader((out / "c.csv").open(encoding="utf-8")))
+    assert [row["wnid"] for row in rows] == ["caf\\xe9", "'=HYPERLINK(1)", "a\\x1b[31m", "猫"]
+    assert cv2.imread(str(out / "c.png")) is not None
+    (run / "best.pt").rename(run / os.fsdecode(b"best \xe9.pt"))
+    printed = invoke(run / os.fsdecode(b"best \xe9.pt"), "--data", data).stdout
+    assert "best \\xe9.pt" in printed
 
 
 def one_line(done):
@@ -172,6 +257,26 @@ def test_what_is_wrong_is_said_in_one_line(runs, dataset, tmp_path):
     assert "cannot write" in error
     error = one_line(invoke(runs[0], "--data", dataset, "--confusion", tmp_path / "c.xyz", code=1))
     assert "c.png" in error
+
+
+@pytest.mark.parametrize(("amp", "expected"), [(None, (False, "highest")), (torch.bfloat16, (True, "high"))])
+def test_without_amp_a_gpu_computes_in_float32_and_not_in_tf32(amp, expected):
+    def precision():
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    seen = []
+
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            seen.append(precision())
+            return x.flatten(1)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        log_probabilities(Network(), torch.ones(2, 3, 1, 1), amp)
+        assert seen == [expected] and precision() == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.gpu

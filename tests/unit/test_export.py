@@ -3,18 +3,22 @@
 import base64
 import json
 import re
+import runpy
+from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import CROP, make_run
+from helpers import CROP, ROOT, make_run
 
 from model.training import checkpoint
-from pipeline.preprocess import Preprocess
-from tools import export
-from tools.common import load_run
-from tools.peers import import_torchvision
+from pipeline.preprocess import MEANS, Preprocess
+from tools import export, predict
+from tools.bench.reference import import_torchvision
+from tools.lib import formats
+from tools.lib.runs import load_run
 
 torchvision = import_torchvision()
 
@@ -39,24 +43,31 @@ def noise(count, crop):
     return 80 * torch.randn(count, 3, crop, crop, generator=torch.Generator().manual_seed(1))
 
 
-def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, tmp_path):
+@pytest.fixture(scope="module")
+def onnx_file(run, tmp_path_factory):
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    folder = tmp_path_factory.mktemp("onnx") / "n"
+    assert "within" in invoke(run, "--onnx", folder / "a.onnx").stdout
+    assert [p.name for p in folder.iterdir()] == ["a.onnx"]  # nothing beside it
+    return folder / "a.onnx"
+
+
+def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, onnx_file):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    assert "within" in invoke(run, "--onnx", tmp_path / "n" / "a.onnx").stdout
-    assert [p.name for p in (tmp_path / "n").iterdir()] == ["a.onnx"]  # nothing beside it
-    proto = onnx.load(tmp_path / "n" / "a.onnx")
+    proto = onnx.load(onnx_file)
     lrn = [node for node in proto.graph.node if node.op_type == "LRN"]
     assert len(lrn) == 2
     constants = {a.name: onnx.helper.get_attribute_value(a) for a in lrn[0].attribute}
     assert constants == pytest.approx({"size": 5, "alpha": 5e-4, "beta": 0.75, "bias": 2.0})
 
-    session = runtime.InferenceSession(str(tmp_path / "n" / "a.onnx"), providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
     trained = load_run(run)
     for count in (1, 4):
         images = noise(count, CROP)
         (found,) = session.run(None, {"images": images.numpy()})
         torch.testing.assert_close(
-            torch.tensor(found), trained.network(images), rtol=0, atol=export.TOLERANCE * np.abs(found).max()
+            torch.tensor(found), trained.network(images), rtol=0, atol=formats.TOLERANCE * np.abs(found).max()
         )
     said = session.get_modelmeta().custom_metadata_map
     assert json.loads(said["classes"]) == trained.classes and said["variant"] == "paper"
@@ -64,8 +75,47 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, tmp_path):
     mean = np.frombuffer(base64.b64decode(preprocess["mean_pixels"]), "<f4").reshape(256, 256, 3)
     assert np.array_equal(mean, trained.preprocess.mean)
     assert (preprocess["size"], preprocess["crop"], preprocess["mean_mode"]) == (256, CROP, "pixel")
+    for words in (
+        "central square",
+        "INTER_AREA",
+        "INTER_CUBIC",
+        f"{CROP} x {CROP}",
+        "from 80",
+        "mean_pixels",
+    ):
+        assert words in said["preprocess_text"]
 
 
+def test_the_sentence_says_what_is_subtracted(run):
+    own = load_run(run).preprocess
+    said = {mode: formats.describe(replace(own, mean_mode=mode)) for mode in MEANS}
+    words = {"pixel": "mean_pixels", "channel": "channel_mean", "imagenet": "channel_mean", "none": "nothing"}
+    for mode, word in words.items():
+        assert f"subtract {word}" in said[mode] or f"({word}" in said[mode]
+
+
+def test_the_script_in_docs_agrees_with_predict(
+    run, onnx_file, class_folders, photos, tmp_path, monkeypatch, capsys
+):
+    """It knows the file alone; photographs are larger and smaller than the stored size, high and wide."""
+    tiles = sorted((class_folders / "val").rglob("*.JPEG"))
+    paths = [str(path) for path in [*tiles, *photos.values()]]
+    sides = [min(cv2.imread(path).shape[:2]) for path in paths]
+    assert min(sides) < 256 < max(sides)
+    done = CliRunner().invoke(predict.main, [str(run), *paths, "--json", "-", "--gpus", "0", "--no-progress"])
+    wanted = json.loads(done.stdout)
+    monkeypatch.setattr("sys.argv", ["onnx_predict.py", str(onnx_file), *paths])
+    runpy.run_path(str(ROOT / "docs/onnx_predict.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 * len(paths)  # of four classes
+    for at, entry in enumerate(wanted):
+        for line, guess in zip(lines[4 * at : 4 * at + 4], entry["top"], strict=True):
+            path, chance, name = re.fullmatch(r"(.*): (0\.\d{4}|1\.0000) (.*)", line).groups()
+            assert (path, name) == (entry["image"], guess["name"])
+            assert float(chance) == pytest.approx(guess["probability"], abs=2e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["owt", "bn"])
 def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
     for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -74,10 +124,11 @@ def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
     invoke(path, "--onnx", tmp_path / "a.onnx")  # checks itself
 
 
+@pytest.mark.slow
 def test_an_onnx_file_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch):
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    monkeypatch.setattr(formats, "TOLERANCE", -1.0)
     assert "logits differ" in invoke(run, "--onnx", tmp_path / "a.onnx", code=1).stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -90,8 +141,10 @@ def test_safetensors_hold_the_state_dict(run, tmp_path):
         assert set(file.keys()) == set(wanted)
         assert all(torch.equal(file.get_tensor(name), wanted[name]) for name in wanted)
         assert json.loads(file.metadata()["preprocess"])["crop"] == CROP
+        assert "centre crop" in file.metadata()["preprocess_text"]
 
 
+@pytest.mark.slow
 def test_torchvision_loads_owt_and_computes_the_same(owt, tmp_path):
     said = invoke(owt, "--torchvision", tmp_path / "tv.pth").stdout
     theirs = torchvision.models.alexnet(num_classes=4).eval()
@@ -113,6 +166,7 @@ def test_torchvision_has_no_network_with_other_options(dataset, tmp_path):
     assert "trained with activation tanh" in done.output and not (tmp_path / "tv.pth").exists()
 
 
+@pytest.mark.slow
 def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset, tmp_path):
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(num_classes=4).eval()
@@ -129,6 +183,28 @@ def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset, tmp_
         torch.testing.assert_close(trained.network(ours), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_torchvision_weights_need_no_data_set(tmp_path):
+    torch.save(torchvision.models.alexnet(num_classes=3).state_dict(), tmp_path / "tv.pth")
+    back = ("--from-torchvision", tmp_path / "tv.pth", "--out", tmp_path / "tv.pt")
+    invoke(*back)
+    assert load_run(tmp_path / "tv.pt").classes == [{"wnid": str(i), "name": None} for i in range(3)]
+    names = tmp_path / "LOC_synset_mapping.txt"
+    names.write_text("n02 goldfish, Carassius\nn01 tench, Tinca tinca\nn03\n")
+    invoke(*back, "--names", names)
+    trained = load_run(tmp_path / "tv.pt")
+    assert [c["wnid"] for c in trained.classes] == ["n01", "n02", "n03"]
+    assert trained.names == ["tench", "goldfish", "n03"]
+    assert (trained.preprocess.size, trained.preprocess.mean_mode) == (256, "imagenet")
+    names.write_text("n01 tench\n")
+    assert "3 outputs" in invoke(*back, "--names", names, code=1).stderr
+
+
+def test_imagenets_class_names_come_with_torchvision():
+    names = [entry["name"] for entry in formats._numbered_classes(1000)]
+    assert names[:2] == ["tench", "goldfish"] and names[999] == "toilet tissue" and len(names) == 1000
+
+
+@pytest.mark.slow
 def test_there_and_back_is_the_same_network(owt, dataset, tmp_path):
     invoke(owt, "--torchvision", tmp_path / "tv.pth")
     before = load_run(owt)
@@ -166,5 +242,5 @@ def test_what_is_wrong_is_said_in_one_line(run, owt, dataset, tmp_path, monkeypa
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(export.importlib, "import_module", missing)
+    monkeypatch.setattr(formats.importlib, "import_module", missing)
     assert "'.[export]'" in invoke(run, "--onnx", tmp_path / "a.onnx", code=1).stderr

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from faults.processes import shared_memory_of
 
 from base.errors import DataError
 from pipeline.build.sources import open_source
@@ -153,15 +154,17 @@ def test_reader_processes_give_the_same_and_end_with_the_loader(dataset):
     reader = ShardReader(dataset / "train")
     plan = Plan(len(reader), 16)
     preprocess = Preprocess.load(dataset / "train")
-    before = set(Path("/dev/shm").iterdir())
-    children = set(multiprocessing.active_children())
+    children, shared = set(multiprocessing.active_children()), shared_memory_of(os.getpid())
     apart = train_loader(reader, plan, preprocess, end_step=3, workers=2)
     here = train_loader(reader, plan, preprocess, end_step=3, workers=0)
     for (a, la), (b, lb) in zip(apart, here, strict=True):
         assert torch.equal(a, b) and torch.equal(la, lb)
+    readers = set(multiprocessing.active_children()) - children
+    shared = set.union(*(shared_memory_of(pid) for pid in (os.getpid(), *(r.pid for r in readers)))) - shared
+    assert len(readers) == 2 and shared
     apart.close()
     assert set(multiprocessing.active_children()) == children
-    assert set(Path("/dev/shm").iterdir()) <= before
+    assert not shared & {path.name for path in Path("/dev/shm").iterdir()}
 
 
 @pytest.mark.parametrize("mode", ["pixel", "channel"])
@@ -291,3 +294,26 @@ def test_unknown_mean_and_oversized_share_are_refused(dataset):
     with pytest.raises(DataError, match="use one of"):
         Preprocess.load(dataset / "train", 224, "median")
     assert rank_slice(3, 3, 4) == slice(2, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 10**9},
+        {"size": "256"},
+        {"crop": 257},
+        {"crop": 0},
+        {"mean_mode": ["pixel"]},
+        {"mean": torch.zeros(4, 4, 3)},
+        {"mean": torch.zeros(256, 256, 3, dtype=torch.float64)},
+        {"mean": torch.full((256, 256, 3), torch.nan)},
+        {"mean": None},
+        {"color_basis": torch.zeros(3)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_preprocessing_of_a_strangers_checkpoint_is_checked(dataset, change):
+    state = Preprocess.load(dataset / "train").state_dict()
+    Preprocess.from_state_dict(state)
+    with pytest.raises(ValueError, match=r"its |a crop of"):
+        Preprocess.from_state_dict({**state, **change})

@@ -1,8 +1,10 @@
 """tools/predict.py: exactly the training's preprocessing, the right neighbours, broken images do not stop it."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,7 +20,8 @@ from pipeline.load.loader import eval_loader
 from pipeline.preprocess import Preprocess, network_input, stored_image
 from pipeline.shards import ShardReader
 from tools import predict as tool
-from tools.common import load_run
+from tools.lib import samples
+from tools.lib.runs import load_run
 
 QUICK = ["--gpus", "0", "--workers", "0", "--no-progress"]
 
@@ -78,11 +81,11 @@ def test_json_text_and_sheet_agree_with_the_network(run, class_folders, tmp_path
 
 def test_what_is_left_out_of_a_folder_is_counted(run, class_folders, tmp_path):
     shutil.copytree(class_folders / "val" / "coffee", tmp_path / "photos")
-    for name in ("scan.tiff", "notes.txt", ".hidden"):
-        (tmp_path / "photos" / name).write_bytes(b"")
+    for name in ("scan.txt", "notes", ".hidden"):
+        (tmp_path / "photos" / name).write_bytes(b"no image")
     done = invoke(run, tmp_path / "photos", "--json", tmp_path / "p.json")
     assert len(json.loads((tmp_path / "p.json").read_text())) == 6
-    assert done.stderr.count("2 files not called .bmp, ") == 1
+    assert done.stderr == "2 other files in the folders are no images\n"
 
 
 def test_neighbours_are_the_nearest_of_all_by_fc7(run, dataset, photos, tmp_path):
@@ -117,6 +120,62 @@ def test_a_broken_image_gets_a_line_and_the_others_go_on(run, photos, tmp_path):
     lines = done.stderr.splitlines()
     assert len(lines) == 4 and lines[-1] == "3 of 4 images could not be read"
     assert "truncated JPEG" in lines[0] and "text.png" in lines[1] and "No such file" in lines[2]
+
+
+def test_paths_on_standard_input_end_with_nul_or_newline(run, photos, tmp_path):
+    odd = [tmp_path / os.fsdecode(name) for name in (b"two\nlines.jpg", b"caf\xe9.jpg", b"no suffix")]
+    for path in odd:
+        shutil.copy(photos["rocket"], path)
+    listing = b"\0".join(os.fsencode(path) for path in odd) + b"\0"
+    listed = json.loads(invoke(run, "-", "--json", "-", input=listing).stdout)
+    assert [os.fsencode(entry["image"]) for entry in listed] == [os.fsencode(path) for path in odd]
+    assert len({json.dumps(entry["top"]) for entry in listed}) == 1
+    lines = os.fsencode(odd[1]) + b"\r\n" + os.fsencode(odd[2])
+    printed = invoke(run, "-", "--sheet", tmp_path / "s.png", input=lines).stdout
+    assert f"{tmp_path}/caf\\xe9.jpg\n" in printed and f"{tmp_path}/no suffix\n" in printed
+    assert cv2.imread(str(tmp_path / "s.png")) is not None
+    for image in (photos["rocket"], photos["coffee"]):
+        error = invoke(run, "-", input=image.read_bytes(), code=1).stderr
+        assert error == (
+            "Error: standard input is an image, not a list of paths: give the file's name instead of -\n"
+        )
+
+
+def test_a_folder_is_read_as_the_build_reads_it(run, photos, tmp_path):
+    """Whatever files are called; what is called like an image and is none is an error."""
+    names = ("a.jfif", "b.jpe", "c", "d.JPEG", "e.txt")
+    for name in names:
+        shutil.copy(photos["rocket"], tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    listed = json.loads(invoke(run, tmp_path, "--json", "-").stdout)
+    assert [Path(entry["image"]).name for entry in listed] == sorted(names)
+    source = open_source(folder_of_class(tmp_path), "train")
+    assert sorted(Path(image.name).name for image in source.images) == sorted([*names, "notes.txt"])
+    (tmp_path / "f.jfif").write_text("no image")
+    done = invoke(run, tmp_path, code=1)
+    assert "f.jfif: not a" in done.stderr and "1 of 6 images could not be read" in done.stderr
+
+
+def folder_of_class(folder):
+    """The same files as one class of a source."""
+    root = folder.with_name(f"{folder.name}-source")
+    shutil.copytree(folder, root / "class")
+    return root
+
+
+def test_the_network_runs_once(run, photos, monkeypatch):
+    trained = load_run(run)
+    seen = []
+    trained.network.features.conv1.register_forward_hook(lambda *_: seen.append(1))
+    image = samples.read_photograph(str(photos["rocket"]), trained.preprocess.size)
+    ((prediction,), fc7) = samples.predict(trained, [("x", image)], 2, torch.device("cpu"))
+    assert seen == [1]
+    with torch.no_grad():
+        images = network_input(image[None], trained.preprocess)
+        chances, labels = trained.network(images).softmax(1).topk(2)
+        torch.testing.assert_close(fc7, trained.network.forward_features(images))
+    assert [label for label, _ in prediction.top] == labels[0].tolist()
+    assert [chance for _, chance in prediction.top] == pytest.approx(chances[0].tolist(), rel=1e-4)
 
 
 def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path, photos):

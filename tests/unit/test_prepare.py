@@ -7,7 +7,6 @@ import io
 import os
 import platform
 import re
-import shutil
 import struct
 import time
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers import needs_compiler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -376,7 +376,7 @@ def test_a_record_of_another_size_does_not_decode(photo: Image.Image) -> None:
     assert decode(data, 256) is None and decode(data[:50], 512) is None
 
 
-@pytest.fixture(params=["native", "opencv"])
+@pytest.fixture(params=[pytest.param("native", marks=needs_compiler), "opencv"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the C++ of native/prepare.cpp, and without."""
     kind: str = request.param
@@ -389,16 +389,13 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def native_kernels() -> ctypes.CDLL:
-    """native/prepare.cpp. Where it is built and then found to be wrong, tests fail; they do not skip."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if native.library("prepare", "", *pipeline.build.images.FLAGS) is None:
-            pytest.skip("no C++ compiler, or ALEXNET_NATIVE=0")
+    """native/prepare.cpp. Where it cannot be built, or is found to be wrong, tests fail; they do not skip."""
     library = pipeline.build.images.kernels()
     assert library is not None
     return library
 
 
+@needs_compiler
 def test_a_kernel_that_rounds_otherwise_is_noticed(native_kernels: ctypes.CDLL) -> None:
     """Products and sums rounded once, where OpenCV rounds twice."""
     assert shrinks_as_opencv(native_kernels)
@@ -425,6 +422,7 @@ def test_shrinking_averages_areas_as_opencv_does(
     assert np.abs(ours - np.einsum("yi,ijc,xj->yxc", share, square, share, optimize=True)).max() < 0.502
 
 
+@needs_compiler
 def test_photographs_are_shrunk_as_opencv_does(native_kernels: ctypes.CDLL, photos: dict[str, Path]) -> None:
     for path in photos.values():
         image = cv2.imread(str(path))
@@ -435,6 +433,7 @@ def test_photographs_are_shrunk_as_opencv_does(native_kernels: ctypes.CDLL, phot
             assert np.array_equal(shrink(square, size), expected)
 
 
+@needs_compiler
 @pytest.mark.parametrize(("side", "size"), [(1007, 1006), (1500, 1001), (2600, 1999), (3001, 256), (4001, 7)])
 def test_large_squares_are_shrunk_as_opencv_does(native_kernels: ctypes.CDLL, side: int, size: int) -> None:
     """Edges closer than a thousandth of a pixel, which both leave out, and sums of many pixels."""
@@ -462,7 +461,11 @@ def test_what_cannot_be_shrunk_or_counted_is_refused() -> None:
         Statistics(8).add_bgr(square)
 
 
-@pytest.mark.parametrize("environment", [{"CXX": "/no/such/compiler"}, {"ALEXNET_NATIVE": "0"}, {}], ids=str)
+@pytest.mark.parametrize(
+    "environment",
+    [{"CXX": "/no/such/compiler"}, {"ALEXNET_NATIVE": "0"}, pytest.param({}, marks=needs_compiler)],
+    ids=str,
+)
 def test_without_the_kernel_opencv_does_it(
     photo: Image.Image, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
@@ -471,8 +474,6 @@ def test_without_the_kernel_opencv_does_it(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if not environment:  # an OpenCV that rounds otherwise
-        if shutil.which(os.environ.get("CXX", "c++")) is None:
-            pytest.skip("no C++ compiler")
         resize = cv2.resize
         monkeypatch.setattr(cv2, "resize", lambda *args, **kwargs: resize(*args, **kwargs) // 2)
         expected = expected // 2

@@ -3,6 +3,7 @@
 import copy
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,42 @@ def test_he_initialisation():
     assert not any(m.bias.any() for m in layers if m.bias is not None)
 
 
-@pytest.mark.parametrize("scheme", recipe.INITS)
+def _layers(net: nn.Module) -> list[Any]:
+    return [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def test_cuda_convnet2_initialisation():
+    """initW and initB of the author's layers-imagenet-1gpu.cfg."""
+    net = AlexNet(10)
+    recipe.initialise(net, "cuda-convnet2", seed=1)
+    deviations = [layer.weight.std().item() for layer in _layers(net)]
+    assert deviations == pytest.approx([0.01, 0.01, 0.03, 0.03, 0.03, 0.01, 0.01, 0.01], rel=0.03)
+    assert [layer.bias.unique().tolist() for layer in _layers(net)] == [[b] for b in (0, 1, 0, 1, 1, 1, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [("cifar-80sec", [1e-4, 0.01, 0.01, 0.1, 0.1]), ("cifar-18pct", [1e-4, 0.01, 0.01, 0.01])],
+)
+def test_cuda_convnet_initialisation(variant: str, expected: list[float]):
+    """initW of layers-80sec.cfg and layers-18pct.cfg; biases begin at zero."""
+    net = AlexNet(10, variant, image_size=32)
+    recipe.initialise(net, "cuda-convnet", seed=1)
+    assert [layer.weight.std().item() for layer in _layers(net)] == pytest.approx(expected, rel=0.06)
+    assert not any(layer.bias.any() for layer in _layers(net))
+
+
+def test_torch_initialisation_is_torchs_own():
+    net = AlexNet(10)
+    recipe.initialise(net, "torch", seed=3)
+    torch.manual_seed(3)
+    for layer in _layers(net):
+        mine = [p.clone() for p in layer.parameters()]
+        layer.reset_parameters()
+        assert all(torch.equal(a, b) for a, b in zip(mine, layer.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("scheme", set(recipe.INITS) - {"cuda-convnet"})
 def test_initialisation_depends_on_the_seed_alone(scheme):
     torch.manual_seed(7)
     nets = [AlexNet(10) for _ in range(3)]
@@ -73,6 +109,30 @@ def test_updates_follow_the_papers_rule_through_changes_of_the_rate():
         b = b + vb
         torch.testing.assert_close(layer.weight.double(), w, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(layer.bias.double(), b, atol=1e-5, rtol=1e-5)
+
+
+def test_biases_have_their_own_rate_and_layers_their_own_decay():
+    """epsB = 2 epsW and wc of one layer, as in cuda-convnet's files, against the rule in NumPy."""
+    net = AlexNet(10, "cifar-18pct", image_size=32)
+    optimizer = recipe.build_optimizer(net, 0.1, 0.9, 0.004, bias_lr=2, layer_decay={"fc10": 1.0})
+    rate = {"weight": 1, "bias": 2}
+    decay = {name: 1.0 if "fc10" in name else 0.004 for name, p in net.named_parameters() if p.ndim > 1}
+    w = {name: p.detach().double().numpy().copy() for name, p in net.named_parameters()}
+    v = {name: np.zeros_like(value) for name, value in w.items()}
+    random = np.random.default_rng(0)
+    for e in (0.1, 0.1, 0.01, 0.01):
+        recipe.set_lr(optimizer, e)
+        for name, p in net.named_parameters():
+            g = random.standard_normal(p.shape)
+            p.grad = torch.tensor(g, dtype=torch.float32).to(memory_format=torch.preserve_format)
+            step = e * rate[name.rsplit(".")[-1]]
+            v[name] = 0.9 * v[name] - step * (decay.get(name, 0) * w[name] + g)
+            w[name] += v[name]
+        optimizer.step()
+        for name, p in net.named_parameters():
+            np.testing.assert_allclose(p.detach().numpy(), w[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ModelError, match="no layer fc8 to decay"):
+        recipe.build_optimizer(net, layer_decay={"fc8": 1.0})
 
 
 def test_lars_follows_its_papers_rule_through_changes_of_the_rate_and_a_resumed_run():
@@ -133,6 +193,9 @@ def test_plateau_divides_by_ten_when_validation_stops_improving():
         rates.append(schedule.lr(0))
         schedule.validated(error)
     assert rates == pytest.approx([0.01] * 4 + [0.001] * 3 + [0.0001])
+    for _ in range(9):  # a network that guesses is given time
+        schedule.validated(0.9, guessing=True)
+    assert schedule.lr(0) == pytest.approx(0.0001)
     other = recipe.Schedule("plateau", 0.01, epochs=20, steps_per_epoch=10, patience=2)
     other.load_state_dict(schedule.state_dict())
     assert other.lr(5) == schedule.lr(5)
@@ -158,6 +221,8 @@ def test_cosine_and_step_reach_what_they_say():
     cosine = recipe.Schedule("cosine", 0.1, 10, 10, warmup_epochs=1)
     assert cosine.lr(0) == pytest.approx(0.01) and cosine.lr(9) == pytest.approx(0.1)
     assert cosine.lr(55) == pytest.approx(0.05) and cosine.lr(99) < 1e-4
+    his = recipe.Schedule("step", 0.1, 140, 10, milestones=(120, 130))
+    assert [round(math.log10(his.lr(s))) for s in (0, 1199, 1200, 1299, 1300)] == [-1, -1, -2, -2, -3]
     step = recipe.Schedule("step", 0.1, 9, 10)
     assert [round(math.log10(step.lr(s))) for s in (0, 29, 30, 59, 60, 89)] == [-1, -1, -2, -2, -3, -3]
 

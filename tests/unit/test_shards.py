@@ -1,11 +1,18 @@
 """Shards, manifest and checksums, and that DALI reads them as a Caffe LMDB."""
 
+import hashlib
+import io
+import math
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import cv2
@@ -13,9 +20,10 @@ import lmdb
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pipeline.shards
 from base.errors import DataError
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
@@ -71,7 +79,7 @@ if __name__ == "__main__":
     queue = context.Queue()
     process = context.Process(target=read, args=(reader, queue))
     process.start()
-    assert queue.get(timeout=60) == expected
+    assert queue.get(timeout=200) == expected
     process.join()
     assert contents(another) == contents(reader) == expected
 """
@@ -208,6 +216,234 @@ def test_reader_names_the_key_of_a_lost_record(copy: Path) -> None:
     assert "key 00000005: not a Datum" in output and "key 00000007: missing" in output
 
 
+@pytest.fixture(scope="module")
+def small(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A val split of 24 raw images of 8x8 pixels in three shards. Do not change it."""
+    out = tmp_path_factory.mktemp("small")
+    options = Options(8, "raw", None, images_per_shard=8)
+    build_split(open_source(class_folders / "val", "val"), out, options, workers=1)
+    return out / "val"
+
+
+@pytest.fixture
+def split(small: Path, tmp_path: Path) -> Path:
+    """A copy of `small` that a test may change."""
+    return Path(shutil.copytree(small, tmp_path / "val"))
+
+
+def change_record(split: Path, index: int, **changes: Any) -> None:
+    """Give a record other fields and sign everything again, as somebody who means harm would."""
+    manifest = Manifest.load(split)
+    shard, key = ShardReader(split).locate(index)
+    folder = split / shard
+    with lmdb.open(str(folder), lock=False) as env, env.begin(write=True) as transaction:
+        datum = Datum.FromString(transaction.get(key))
+        for name, value in changes.items():
+            setattr(datum, name, value)
+        record = datum.SerializeToString()
+        transaction.put(key, record)
+    crcs = np.load(folder / "crc32.npy")
+    crcs[int(key)] = zlib.crc32(record)
+    np.save(folder / "crc32.npy", crcs)
+    entry = next(entry for entry in manifest.shards if entry["name"] == shard)
+    entry["bytes"] = (folder / "data.mdb").stat().st_size
+    entry["sha256"], entry["crc32_sha256"] = (
+        hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("data.mdb", "crc32.npy")
+    )
+    manifest.save(split)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(index=st.integers(0, 23), bit=st.integers(0, 8 * 3 * 64 - 1))
+def test_one_flipped_bit_of_a_picture_is_noticed_when_it_is_read(split: Path, index: int, bit: int) -> None:
+    reader = ShardReader(split)
+    shard, key = reader.locate(index)
+    database = split / shard / "data.mdb"
+    original = database.read_bytes()
+    pixels = reader.read(index)[0].tobytes()
+    content = bytearray(original)
+    content[content.index(pixels) + bit // 8] ^= 1 << bit % 8
+    database.write_bytes(content)
+    try:
+        changed, _ = ShardReader(split, checksums=False).read(index)
+        assert changed.tobytes() != pixels  # a picture like any other
+        with pytest.raises(
+            DataError, match=rf"{shard}, key {key.decode()} is damaged \(its checksum differs\)"
+        ):
+            ShardReader(split).read(index)
+    finally:
+        database.write_bytes(original)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 4, 2**31 - 1])
+@pytest.mark.parametrize("checksums", [True, False])
+def test_labels_without_a_class_are_refused(split: Path, label: int, checksums: bool) -> None:
+    change_record(split, 13, label=label)
+    reader = ShardReader(split, checksums)
+    reader.read(12)
+    with pytest.raises(
+        DataError, match=rf"shard-00001, key 00000005 .*label {label}, but there are 4 classes"
+    ):
+        reader.read(13)
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "pipe"])
+def test_checksums_are_checked_themselves(split: Path, damage: str) -> None:
+    path = split / "shard-00001/crc32.npy"
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "flipped":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "pipe":
+        os.mkfifo(path)
+    reader = ShardReader(split)
+    reader.read(0)
+    for read in (lambda: reader.read(8), reader.check_counts):
+        with pytest.raises(DataError, match=r"shard-00001/crc32\.npy cannot be used"):
+            read()
+    ShardReader(split, checksums=False).check_counts()
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_no_bus_error(
+    split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.shards, "SECONDS_BETWEEN_LOOKS", 0)
+    reader = ShardReader(split)
+    reader.read(8)
+    database = split / "shard-00001/data.mdb"
+    with database.open("r+b") as file:
+        file.truncate(4096)
+    for read in (reader.read, reader.stored_bytes):
+        with pytest.raises(DataError, match=r"shard-00001/data\.mdb was changed while it is read"):
+            read(9)
+    reader.read(0)
+    # what is open can be read when the name is gone or another file's
+    database = split / "shard-00000/data.mdb"
+    database.unlink()
+    reader.read(1)
+    database.write_bytes(b"another")
+    reader.read(2)
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def claims(shape: tuple[int, ...]) -> bytes:
+    """The header of a large array, and no array."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return file.getvalue() + bytes(768)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(np.zeros((4, 4, 3), np.float32)),
+        npy(np.zeros((8, 8, 3), np.float64)),
+        npy(np.full((8, 8, 3), np.nan, np.float32)),
+        npy(np.full((8, 8, 3), 256, np.float32)),
+        npy(np.asfortranarray(np.zeros((8, 8, 3), np.float32))),
+        npy(np.zeros((8, 8, 3), np.float32))[:-1],
+        npy(np.zeros((8, 8, 3), np.float32)) + b"x",
+        npy(np.array([[[{}]]])),
+        claims((1 << 22, 1 << 20, 3)),
+        b"\x93NUMPY\x01\x00\xf0\x0f" + b"(" * 4080,
+        b"",
+        b"PK\x03\x04",
+    ],
+)
+def test_a_mean_image_that_was_signed_again_is_checked(split: Path, content: bytes) -> None:
+    manifest = Manifest.load(split)
+    (split / "mean.npy").write_bytes(content)
+    replace(manifest, mean_sha256=hashlib.sha256(content).hexdigest()).save(split)
+    with pytest.raises(DataError, match=r"mean\.npy is no mean image") as caught:
+        Manifest.load(split).load_mean(split)
+    assert "\n" not in caught.value.message
+    output = CliRunner().invoke(verify, [str(split), "--workers", "1"])
+    assert output.exit_code == 1 and "mean.npy is no mean image" in output.output
+
+
+SHARD = {"name": "shard-00000", "count": 24, "bytes": 1, "sha256": "", "crc32_sha256": ""}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"split": "../train"},
+        {"split": None},
+        {"count": "24"},
+        {"count": 25},
+        {"count": True},
+        {"size": 0},
+        {"size": 1 << 20},
+        {"size": 8.0},
+        {"encoding": "webp"},
+        {"encoding": ["raw"]},
+        {"quality": 101},
+        {"seed": -1},
+        {"classes": []},
+        {"classes": {"wnid": "a"}},
+        {"classes": [{"wnid": "a"}]},
+        {"classes": [{"wnid": 1, "name": None}]},
+        {"classes": [{"wnid": "a", "name": None}] * 100_001},
+        {"shards": "none"},
+        {"shards": [{**SHARD, "name": "../outside"}]},
+        {"shards": [{**SHARD, "name": "shard-00000/../../x"}]},
+        {"shards": [{**SHARD, "name": "shard-00000\n"}]},
+        {"shards": [{**SHARD, "bytes": -1}]},
+        {"shards": [{**SHARD, "count": 1e3}]},
+        {"shards": [{**SHARD, "count": 12}] * 2},
+        {"shards": [{"name": "shard-00000", "count": 24}]},
+        {"rejected": [{"source": "a"}]},
+        {"rejected": [None]},
+        {"channel_mean": [0.0, 0.0]},
+        {"channel_mean": [0.0, 0.0, math.nan]},
+        {"channel_mean": [0.0, 0.0, 256.0]},
+        {"pca_eigenvalues": [math.inf, 0.0, 0.0]},
+        {"pca_eigenvalues": ["0", "0", "0"]},
+        {"pca_eigenvectors": [[0.0] * 3] * 2},
+        {"pca_eigenvectors": [[0.0, 0.0, -math.inf]] * 3},
+        {"mean_sha256": None},
+        {"fingerprint": 7},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_manifests_that_were_signed_again_are_refused_in_one_line(
+    split: Path, changes: dict[str, Any]
+) -> None:
+    replace(Manifest.load(split), **changes).save(split)
+    with pytest.raises(DataError, match=r"manifest\.json is not one that a build writes \(") as caught:
+        ShardReader(split)
+    assert "\n" not in caught.value.message and len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize("damage", ["pipe", "large", "deep", "empty"])
+def test_a_manifest_that_cannot_be_read_never_waits_and_takes_no_memory(split: Path, damage: str) -> None:
+    path = split / "manifest.json"
+    path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "large":
+        with path.open("wb") as file:
+            file.truncate((64 << 20) + 1)
+    else:
+        path.write_bytes(b"[" * 100_000 if damage == "deep" else b"")
+    with pytest.raises(DataError, match=r"not a regular file|larger than|damaged"):
+        Manifest.load(split)
+
+
+def test_verify_names_folders_that_are_in_no_manifest(split: Path) -> None:
+    shutil.copytree(split / "shard-00000", split / "shard-00003")
+    (split / ".snapshot").mkdir()
+    result = CliRunner().invoke(verify, [str(split), "--workers", "1"])
+    assert result.exit_code == 1 and "shard-00003: not in the manifest" in result.output
+    assert ".snapshot" not in result.output
+
+
 @pytest.mark.parametrize("encoding", ["jpeg", "png"])
 def test_a_record_cut_short_is_named(class_folders: Path, tmp_path: Path, encoding: str) -> None:
     """Batches lie in memory with zeros after each record, where a decoder may not miss the end."""
@@ -221,10 +457,11 @@ def test_a_record_cut_short_is_named(class_folders: Path, tmp_path: Path, encodi
     manifest = Manifest.load(tmp_path / "val")
     manifest.shards[0]["bytes"] = (folder / "data.mdb").stat().st_size
     manifest.save(tmp_path / "val")
-    reader = ShardReader(tmp_path / "val")
-    reader.read(2)
-    with pytest.raises(DataError, match=r"shard-00000, key 00000003 .*ends too early"):
-        reader.read(3)
+    for checksums, why in ((False, "ends too early"), (True, "its checksum differs")):
+        reader = ShardReader(tmp_path / "val", checksums)
+        reader.read(2)
+        with pytest.raises(DataError, match=rf"shard-00000, key 00000003 .*{why}"):
+            reader.read(3)
 
 
 def test_what_is_no_data_set_is_said_with_the_way_to_one(copy: Path, tmp_path: Path) -> None:
@@ -270,15 +507,21 @@ def test_verify_names_the_damaged_record(copy: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("file", ["shard-00000/data.mdb", "shard-00000/crc32.npy", "mean.npy"])
-def test_verify_finds_a_flip_anywhere(copy: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "positions"),
+    [
+        ("shard-00000/data.mdb", (20, 4096 + 12, 5 / 7)),
+        ("shard-00000/crc32.npy", (0.9,)),
+        ("mean.npy", (0.5,)),
+    ],
+)
+def test_verify_finds_a_flip_anywhere(copy: Path, file: str, positions: tuple[float, ...]) -> None:
+    """At bytes, or at shares of the file; `make faults` tries a thousand."""
     path = copy / "val" / file
     original = path.read_bytes()
-    rng = np.random.default_rng(5)
-    for position in [0, 20, 4096 + 12, *rng.integers(0, len(original), 5)]:
-        if position < len(original):
-            content = bytearray(original)
-            content[position] ^= 0x10
-            path.write_bytes(content)
-            result = CliRunner().invoke(verify, [str(copy / "val"), "--workers", "1"])
-            assert result.exit_code == 1 and "damaged" in result.output, (file, position, result.output)
+    for position in positions:
+        content = bytearray(original)
+        content[int(position * len(original)) if position < 1 else int(position)] ^= 0x10
+        path.write_bytes(content)
+        result = CliRunner().invoke(verify, [str(copy / "val"), "--workers", "1"])
+        assert result.exit_code == 1 and "damaged" in result.output, (file, position, result.output)

@@ -2,6 +2,8 @@
 
 import base64
 import re
+import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import cv2
@@ -10,11 +12,15 @@ import pytest
 from click.testing import CliRunner
 from helpers import CROP, make_run, write_log
 
+from base.errors import ModelError
+from model.training.log import read_log
 from pipeline.load.plan import Plan
 from pipeline.preprocess import Preprocess, stored_image
-from pipeline.shards import ShardReader
+from pipeline.shards import Manifest, ShardReader
 from tools import show
-from tools.common import load_run
+from tools.lib import figures
+from tools.lib.runs import load_run
+from tools.lib.samples import count_classes, training_batch
 
 
 def invoke(*arguments, code=0):
@@ -49,7 +55,8 @@ def test_batch_shows_the_crop_of_the_stored_image(dataset):
     reader = ShardReader(dataset / "train")
     preprocess = Preprocess.load(dataset / "train", 224)
     plan = Plan(count=96, global_batch=8, color_std=0.0, seed=3)
-    figure = show.batch_figure(reader, plan, preprocess, step=13, images=3)  # in the second epoch
+    batch = training_batch(reader, plan, preprocess, step=13, images=3)  # in the second epoch
+    figure = figures.batch_figure(batch, preprocess, reader.manifest.classes, "title")
     samples, views = plan.samples(1, 1), plan.views(1, 1)
     panels = [axes for cell in figure.subfigs for axes in cell.axes]
     for place in range(3):
@@ -65,7 +72,7 @@ def test_batch_shows_the_crop_of_the_stored_image(dataset):
 
 def test_filters_are_scaled_about_grey(run):
     trained = load_run(run)
-    figure = show.filters_figure(trained.network, "title")
+    figure = figures.filters_figure(trained.network, "title")
     mosaic = np.asarray(figure.axes[0].images[0].get_array())
     weights = trained.network.features.conv1.weight.numpy()
     assert mosaic.shape == (6 * 12 - 1, 16 * 12 - 1, 3)
@@ -82,7 +89,7 @@ def test_curves_compare_runs_over_epochs(run, tmp_path):
     write_log(other, epochs=2, steps=3)  # another batch size: other steps, the same epochs
     with (other / "log.jsonl").open("a") as file:
         file.write('{"kind": "train", "epo')  # being written
-    figure = show.curves_figure({"a": show.read_log(run), "b": show.read_log(other)})
+    figure = figures.curves_figure({"a": read_log(run), "b": read_log(other)})
     loss, accuracy = figure.axes[:2]
     assert [list(line.get_xdata()) for line in loss.lines[1::2]] == [[1, 2, 3], [1, 2]]
     for line, percent in zip(accuracy.lines, ([20, 30, 40], [60, 70, 80]), strict=False):
@@ -93,8 +100,39 @@ def test_curves_compare_runs_over_epochs(run, tmp_path):
 
 def test_dataset_counts_classes_of_both_splits(dataset):
     readers = {split: ShardReader(dataset / split) for split in ("train", "val")}
-    counts = {split: show.count_classes(reader, split) for split, reader in readers.items()}
+    counts = {split: count_classes(reader, split) for split, reader in readers.items()}
     assert counts["train"].tolist() == [24] * 4 and counts["val"].tolist() == [6] * 4
+
+
+def test_pictures_have_the_wnid_where_no_font_has_the_name(monkeypatch):
+    classes = [
+        {"wnid": "n1", "name": "tench"},
+        {"wnid": "n2", "name": "猫, cat"},
+        {"wnid": "犬", "name": None},
+    ]
+    monkeypatch.setattr(figures, "_characters", lambda: frozenset(range(32, 127)))
+    assert figures.picture_names(classes) == ["tench", "n2", "label 2"]
+    assert figures.caption("猫.jpg") == "?.jpg"
+    monkeypatch.setattr(figures, "_characters", lambda: frozenset(range(0x10000)))
+    assert figures.picture_names(classes) == ["tench", "猫", "犬"]
+
+
+def test_the_fonts_of_pictures_are_installed_and_their_characters_known():
+    assert figures.drawable("tench … é λ ×") and not figures.drawable("\U0010ffff")
+
+
+def test_hostile_class_and_file_names_reach_pictures_and_the_terminal(dataset, tmp_path):
+    classes = [{"wnid": w, "name": None} for w in ("caf\udce9", "a\x1b[31m", "$x_2$", "猫")]
+    rejected = [{"source": "caf\udce9/\x1b[2J.jpg", "reason": "truncated JPEG"}]
+    for split in ("train", "val"):
+        shutil.copytree(dataset / split, tmp_path / split)
+        manifest = Manifest.load(dataset / split)
+        replace(manifest, classes=classes, rejected=rejected).save(tmp_path / split)
+    said = invoke("dataset", tmp_path, "--out", tmp_path / "d.png").stdout
+    assert "rejected caf\\xe9/\\x1b[2J.jpg: truncated JPEG" in said
+    invoke("batch", tmp_path, "--images", 2, "--crop", CROP, "--out", tmp_path / "b.png")
+    assert_picture(tmp_path / "d.png")
+    assert_picture(tmp_path / "b.png")
 
 
 class Sources(HTMLParser):
@@ -139,3 +177,19 @@ def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path):
         assert re.fullmatch(r"Error: [^\n]+\n", done.stderr) and words in done.stderr, done.stderr
     (empty / "log.jsonl").write_text('{"kind": "tr\n{"kind": "train"}\n')
     assert "line 1" in invoke("curves", empty, code=1).stderr
+
+
+def test_a_log_is_read_but_for_a_partial_last_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    whole = b'{"kind": "train", "step": 1}\n{"kind": "val", "step": 2}\n'
+    path.write_bytes(whole)
+    entries = read_log(tmp_path)
+    assert entries == [{"kind": "train", "step": 1}, {"kind": "val", "step": 2}]
+    for rest in (b"", b"{", b'{"kind": "train", "st', b'"\xff', b"3", b"\0\0\0"):
+        path.write_bytes(whole + rest)
+        assert read_log(tmp_path) == entries, rest
+    (tmp_path / "best.pt").touch()
+    assert read_log(tmp_path / "best.pt") == entries
+    path.write_bytes(b"")
+    with pytest.raises(ModelError, match="is empty: train for"):
+        read_log(tmp_path)

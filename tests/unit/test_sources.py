@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -143,7 +144,7 @@ def test_caffes_lists_of_class_folders(tmp_path: Path, prefix: str) -> None:
 
 
 def _webdataset(names: dict[str, bytes], number_of: dict[str, int]) -> bytes:
-    members = {}
+    members: dict[str, bytes] = {}
     for key, content in names.items():
         members |= {f"{key}.json": b"{}", f"{key}.jpg": content, f"{key}.cls": str(number_of[key]).encode()}
     return _tar(members)
@@ -180,7 +181,9 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     assert source.rejected == [("x.tar/a/2.jpg", "no class (.cls) beside it in the tar")]
 
 
-def _parquet(path: Path, rows: list[tuple[bytes | None, str | None, int]], names: list[str] | None) -> None:
+def _parquet(
+    path: Path, rows: Sequence[tuple[bytes | None, str | None, int]], names: list[str] | None
+) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", image), ("label", pa.int64())])

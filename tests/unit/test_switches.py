@@ -1,49 +1,17 @@
 """train.py's switches: each changes what it says and nothing else, and comes back from the checkpoint."""
 
 import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, train_error
 
 import train
 from base.errors import ModelError
 from model.alexnet import AlexNet
-from model.parallel.ranks import Ranks
-from model.training.checkpoint import Checkpoints, load, save
+from model.training.config import Config
 from model.training.mixup import mix
 from model.training.recipe import initialise
-from pipeline.shards import ShardReader
-from tools.common import load_run
-from tools.evaluate import judge, score
-
-ROOT = Path(__file__).parents[2]
-TINY = [
-    "--gpus",
-    0,
-    "--crop",
-    63,
-    "--global-batch",
-    32,
-    "--workers",
-    0,
-    "--decode-threads",
-    1,
-    "--amp",
-    "off",
-]
-TINY += ["--no-progress", "--no-tensorboard", "--log-every", 1, "--init", "torch", "--lr", 0.003]
-MODERN = ["--mixup", 0.4, "--ema", 0.9, "--label-smoothing", 0.1]
-
-
-def run(data, out, *arguments, code=0):
-    command = [sys.executable, ROOT / "train.py", "--data", data, "--out", out, *TINY, *arguments]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, cwd=ROOT)
-    assert done.returncode == code, done.stderr
-    return done
 
 
 def options_of(*arguments):
@@ -59,8 +27,11 @@ def recipe_files():
 
 
 def test_the_papers_recipe_is_the_defaults():
-    assert options_of("--recipe", "paper") == options_of() | {"init": "paper"}
-    assert {path.stem for path in recipe_files()} == {"paper", "owt", "bn-large-batch", "modern"}
+    """As filled in for a million images."""
+    given, recipe = (Config(**options_of(*o)) for o in ((), ("--recipe", "paper")))
+    given.fill(1_281_167)
+    recipe.fill(1_281_167)
+    assert recipe == given
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
@@ -123,15 +94,21 @@ def test_biases_of_one_follow_the_papers_numbers_where_a_layer_is_left_out():
     }  # fmt: skip
 
 
-def test_the_four_layer_network_of_figure_1():
+@pytest.mark.parametrize("variant", ["cifar-80sec", "cifar-18pct"])
+def test_the_networks_of_cuda_convnet(variant):
     """Against torch's functions alone: pools of 3 and 2 that round up, the first a maximum, the others means."""
-    net = AlexNet(10, "cifar", image_size=32)
+    net = AlexNet(10, variant, image_size=32)
     x = 50 * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     w, f = net.state_dict(), torch.nn.functional
-    assert [k for k in w if k.endswith("weight")] == [
-        "features.conv1.weight", "features.conv2.weight", "features.conv3.weight", "classifier.fc4.weight",
-    ]  # fmt: skip
-    maps = x / 64
+    hidden = ["fc64"] if variant == "cifar-80sec" else []
+    assert [k.split(".")[1] for k in w if k.endswith("weight")] == [
+        "conv1",
+        "conv2",
+        "conv3",
+        *hidden,
+        "fc10",
+    ]
+    maps = x
     for layer in (1, 2, 3):
         name = f"features.conv{layer}"
         maps = f.relu(f.conv2d(maps, w[f"{name}.weight"], w[f"{name}.bias"], padding=2))
@@ -143,106 +120,32 @@ def test_the_four_layer_network_of_figure_1():
         else:
             count = f.avg_pool2d(f.pad(torch.ones_like(maps), (0, 1, 0, 1)), 3, 2)  # mean of what is there
             maps = f.avg_pool2d(pad, 3, 2) / count
+        if not hidden and layer < 3:  # rnorm: size 3, scale 5e-5, pow 0.75, over the same map
+            squares = f.pad(maps**2, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).sum((-1, -2))
+            maps = maps / (1 + 5e-5 / 9 * squares) ** 0.75
     assert maps.shape == (2, 64, 4, 4)
-    logits = f.linear(maps.flatten(1), w["classifier.fc4.weight"], w["classifier.fc4.bias"])
+    units = maps.flatten(1)
+    for name in hidden:
+        units = f.relu(f.linear(units, w[f"classifier.{name}.weight"], w[f"classifier.{name}.bias"]))
+    logits = f.linear(units, w["classifier.fc10.weight"], w["classifier.fc10.bias"])
     torch.testing.assert_close(net(x), logits, rtol=1e-4, atol=1e-5)
     net.set_position(1, 0)  # without dropout, nothing to set
-    assert "Tanh" in str(AlexNet(10, "cifar", image_size=24, activation="tanh"))
+    assert "Tanh" in str(AlexNet(10, variant, image_size=24, activation="tanh"))
 
 
-@pytest.fixture(scope="module")
-def switched(dataset, tmp_path_factory):
-    """A run of two epochs with everything turned."""
-    out = tmp_path_factory.mktemp("runs") / "switched"
-    arguments = ["--no-lrn", "--groups", 1, "--pool", "2,2", "--drop-layer", "conv3", "--activation", "tanh"]
-    run(dataset, out, "--epochs", 2, *arguments, *MODERN, "--train-error")
-    return out
-
-
-def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched, dataset):
-    saved = Checkpoints(switched).newest()
-    assert saved["network"] == {
-        "activation": "tanh", "groups": 1, "lrn": False, "pool": [2, 2], "drop_layers": ["conv3"],
-    }  # fmt: skip
-    trained = load_run(Checkpoints(switched).paths()[0])
-    assert "conv3" not in dict(trained.network.features.named_children())
-    for key, value in trained.network.state_dict().items():
-        assert torch.equal(value, saved["ema"]["model"][key])
-    assert any(not torch.equal(saved["model"][k], saved["ema"]["model"][k]) for k in saved["model"])
-    logged = [json.loads(line) for line in (switched / "log.jsonl").read_text().splitlines()]
-    ours = score(*judge(trained, ShardReader(dataset / "val"), Ranks(), workers=0, progress=False))
-    validation = [entry for entry in logged if entry["kind"] == "val"][-1]
-    assert ours["top1"] == validation["top1"] and ours["loss"] == pytest.approx(validation["loss"], rel=1e-5)
-    errors = [entry["error"] for entry in logged if entry["kind"] == "train"]
-    assert len(errors) == 6 and all(error * 32 == pytest.approx(round(error * 32)) for error in errors)
-
-
-def test_mixup_and_averaging_resume_in_mid_epoch_bit_for_bit(switched, dataset, tmp_path):
-    """The checkpoint of step 4, in the middle of the second epoch, goes on to the same weights and averages."""
-    arguments = ["--no-lrn", "--groups", 1, "--pool", "2,2", "--drop-layer", "conv3", "--activation", "tanh"]
-    out = tmp_path / "part"
-    options = ["--epochs", 2, *arguments, *MODERN, "--train-error", "--save-every", 4]
-    run(dataset, out, *options)
-    shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    for path in Checkpoints(out).paths():
-        if load(path)["step"] > 4:
-            path.unlink()
-    assert Checkpoints(out).newest()["step"] == 4
-    run(dataset, out, "--resume")
-    whole, resumed = Checkpoints(switched).newest(), Checkpoints(out).newest()
-    assert whole["step"] == resumed["step"] == 6 and whole["ema"]["steps"] == resumed["ema"]["steps"] == 6
-    for a, b in ((whole["model"], resumed["model"]), (whole["ema"]["model"], resumed["ema"]["model"])):
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_mixup_is_the_same_for_any_number_of_parts_and_ranks(dataset, tmp_path):
-    run(dataset, tmp_path / "one", "--epochs", 1, *MODERN)
-    run(dataset, tmp_path / "two", "--epochs", 1, *MODERN, "--cpu-ranks", 2, "--accumulate", 2)
-    one, two = (Checkpoints(tmp_path / name).newest() for name in ("one", "two"))
-    for part in (lambda s: s["model"], lambda s: s["ema"]["model"]):
-        for key, value in part(one).items():
-            torch.testing.assert_close(value, part(two)[key], atol=5e-5, rtol=1e-3)
-    odd = ["--mixup", 0.2, "--global-batch", 33]
-    assert "even batch" in run(dataset, tmp_path / "odd", *odd, code=2).stderr
-    # a pair never lies across a border of ranks or parts: blending the parts is blending the whole
+def test_mixup_blends_pairs_that_never_lie_across_a_border(dataset, tmp_path):
+    """Of ranks or parts: blending the parts is blending the whole."""
+    odd = ["--mixup", 0.2, "--global-batch", 33, "--gpus", 0]
+    assert "even batch" in train_error("--data", dataset, "--out", tmp_path, *odd, code=2)
     images, keep = torch.randn(8, 3, 2, 2), torch.rand(8)
     parts = [mix(images[i : i + 2], keep[i : i + 2]) for i in range(0, 8, 2)]
     assert torch.equal(torch.cat(parts), mix(images, keep))
 
 
-def test_a_resume_with_other_switches_is_refused(switched, dataset, tmp_path):
-    out = tmp_path / "copy"
-    shutil.copytree(switched, out)
-    for option, name in ((["--lrn"], "lrn"), (["--groups", 2], "groups"), (["--ema", 0.5], "ema")):
-        assert f"has {name} " in run(dataset, out, "--resume", *option, code=1).stderr
-    # also where the config was changed by hand: the checkpoint itself knows
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"pool": "3,2"}))
-    assert "has network {" in run(dataset, out, "--resume", code=1).stderr
-    (out / "config.json").write_text(json.dumps(config | {"ema": 0}))
-    assert "--ema" in run(dataset, out, "--resume", code=1).stderr
-
-
-def test_checkpoints_from_before_the_switches_still_load_and_resume(dataset, tmp_path):
-    out = tmp_path / "old"
-    run(dataset, out, "--epochs", 1)
-    path = Checkpoints(out).paths()[0]
-    state = load(path)
-    for key in ("network", "ema"):
-        del state[key]
-    del state["identity"]["network"]
-    save(path, state)
-    config = json.loads((out / "config.json").read_text())
-    new = ("activation", "groups", "lrn", "pool", "drop_layer", "stride", "label_smoothing", "mixup", "ema")
-    (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in new}))
-    assert load_run(path).step == 3
-    run(dataset, out, "--resume", "--epochs", 2)
-    assert Checkpoints(out).newest()["step"] == 6
-
-
 def test_options_that_make_no_network_are_refused_in_one_line(dataset, tmp_path):
-    assert "not KERNEL,STRIDE" in run(dataset, tmp_path / "a", "--pool", "3", code=2).stderr
-    error = run(dataset, tmp_path / "b", "--variant", "cifar", "--groups", 2, code=1).stderr
-    assert "variant cifar has no groups" in error and "Traceback" not in error
+    assert "not KERNEL,STRIDE" in train_error("--pool", "3", code=2)
+    network = ["--variant", "cifar-18pct", "--groups", 2, "--gpus", 0]
+    error = train_error("--data", dataset, "--out", tmp_path / "b", *network)
+    assert "for images of 32 pixels" in error
     with pytest.raises(ModelError, match="cannot drop fc6"):
         AlexNet(drop_layers=("fc6",))

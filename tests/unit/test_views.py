@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from helpers import needs_compiler
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import native
 from base.errors import DataError
 from model.alexnet import AlexNet
+from model.training.precision import input_dtype
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
 from pipeline.load.loader import eval_loader, train_loader
@@ -23,11 +25,6 @@ from pipeline.load.plan import Plan
 from pipeline.load.views import ViewCutter, ten_views
 from pipeline.preprocess import MEANS, Preprocess
 from pipeline.shards import ShardReader
-from train import input_dtype
-
-needs_compiler = pytest.mark.skipif(
-    ViewCutter.of(np.zeros((1, 1, 3), np.float32), 1, torch.float32, 1) is None, reason="no C++ compiler"
-)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +36,7 @@ def raw_val(class_folders, tmp_path_factory):
 
 
 @needs_compiler
+@settings(deadline=None)  # the first example compiles the kernel
 @given(
     size=st.integers(1, 40),
     count=st.integers(1, 5),
@@ -79,7 +77,8 @@ def test_training_batches_are_those_of_dalis_operators(dataset, mode, workers, p
         return train_loader(reader, plan, preprocess, first_step=first, end_step=first + 3, **options)
 
     # with a mean a channel DALI subtracts mean minus shift, whose rounding is another
-    same = torch.equal if mode != "channel" else lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-4)
+    exact = mode in ("pixel", "none")
+    same = torch.equal if exact else lambda a, b: torch.allclose(a, b, rtol=0, atol=1e-4)
     for (a, la), (b, lb) in zip(batches(), batches(fused=False), strict=True):
         assert same(a, b) and torch.equal(la, lb)
     for fused in (True, False):
@@ -156,7 +155,7 @@ resource.setrlimit(resource.RLIMIT_AS, (size + (20 << 20),) * 2)  # room for two
 assert cut(*arguments).eq(7).all()
 """
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=200)
 
 
 @needs_compiler
@@ -183,9 +182,9 @@ def test_without_a_compiler_dalis_operators_do_it(dataset, monkeypatch, environm
         native._load.cache_clear()
 
 
-@pytest.mark.parametrize("variant", ["paper", "cifar"])
+@pytest.mark.parametrize("variant", ["paper", "cifar-18pct"])
 def test_a_step_on_what_the_loader_rounds_is_a_step_on_what_autocast_rounds(variant):
-    """Nothing before the first convolution may round a second time (the cifar network scales its input)."""
+    """Nothing before the first convolution may round a second time."""
     torch.manual_seed(0)
     network = AlexNet(10, variant, image_size=67 if variant == "paper" else 32)
     images = torch.randn(4, 3, *[67 if variant == "paper" else 32] * 2) * 60

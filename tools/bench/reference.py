@@ -1,4 +1,4 @@
-"""Other implementations that tests and benchmarks compare with."""
+"""Other implementations that tests and the benchmark compare with."""
 
 from types import ModuleType
 

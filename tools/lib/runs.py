@@ -1,15 +1,13 @@
-"""What the tools share: a trained network with all it needs to judge images."""
+"""A trained network with all it needs to judge images, and the data set that belongs to it. Imports no DALI."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from base.errors import DataError, ModelError
@@ -19,25 +17,7 @@ from model.training import checkpoint
 from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest
 
-CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-TOP = 5
 Classes = list[dict[str, str | None]]  # {"wnid", "name"} each, in the order of the labels
-
-
-def option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
-    """click.option that shows its default."""
-    return click.option(*names, show_default=kwargs.pop("show_default", True), **kwargs)
-
-
-def file_option(name: str, help: str) -> Callable[[Any], Any]:
-    """An optional file to write; its parameter ends in _path, so that `--json` hides no module."""
-    parameter = name.removeprefix("--").replace("-", "_") + "_path"
-    return click.option(name, parameter, type=click.Path(dir_okay=False, path_type=Path), help=help)
-
-
-def run_argument(**kwargs: Any) -> Callable[[Any], Any]:
-    """RUN: a folder that train.py wrote, or a checkpoint."""
-    return click.argument("run", type=click.Path(path_type=Path), **kwargs)
 
 
 @dataclass(frozen=True)
@@ -49,7 +29,7 @@ class Run:
     classes: Classes
     preprocess: Preprocess
     variant: str
-    epoch: int
+    epoch: int  # epochs that were complete
     step: int
     best: float  # validation top-1 in 0..1, the best of the run so far; below 0: never validated
 
@@ -59,8 +39,9 @@ class Run:
 
     @property
     def title(self) -> str:
-        """For captions: "runs/paper/best.pt (paper, epoch 12)"."""
-        return f"{self.path} ({self.variant}, epoch {self.epoch})"
+        """For captions: "runs/paper/best.pt (paper, after epoch 12)"."""
+        when = f"after epoch {self.epoch}" if self.epoch else f"step {self.step:,}"
+        return f"{self.path} ({self.variant}, {when})"
 
 
 def load_run(run: Path, device: torch.device | None = None) -> Run:
@@ -72,7 +53,7 @@ def load_run(run: Path, device: torch.device | None = None) -> Run:
     saved = checkpoint.load(path)
     try:
         preprocess = Preprocess.from_state_dict(saved["preprocess"])
-        # what older checkpoints lack is at its default; where weights were averaged, the average is judged
+        # where weights were averaged, the average is judged
         network = AlexNet(
             len(saved["classes"]), saved["variant"], image_size=preprocess.crop, **saved.get("network", {})
         )
@@ -91,12 +72,6 @@ def load_run(run: Path, device: torch.device | None = None) -> Run:
         step=saved["step"],
         best=saved["best"],
     )
-
-
-def data_option(help: str) -> Callable[[Any], Any]:
-    """--data, None where it is not given: see `data_of`."""
-    said = "what the first RUN was trained on"
-    return option("--data", type=click.Path(path_type=Path), show_default=said, help=help)
 
 
 def data_of(run: Path, data: Path | None) -> Path:
@@ -130,8 +105,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def class_names(classes: Classes) -> list[str]:
-    """What people read: the first of a class's names, or the whole name of its folder where it has none."""
-    return [c["name"].split(",")[0] if c["name"] else str(c["wnid"]) for c in classes]
+    """What people read: the first of a class's synonyms where it has names, else its folder's name as it is.
+
+    Where two classes would read the same ("crane", the bird and the machine), all synonyms are kept, and where
+    that does not tell them apart, the wnid is added.
+    """
+    names = [str(c["name"] or c["wnid"]) for c in classes]
+    first = [
+        name.split(",")[0].strip() if c["name"] else name for c, name in zip(classes, names, strict=True)
+    ]
+    names = _where_unique(first, names)
+    return _where_unique(names, [f"{n} ({c['wnid']})" for c, n in zip(classes, names, strict=True)])
+
+
+def _where_unique(names: list[str], otherwise: list[str]) -> list[str]:
+    counts = Counter(names)
+    return [name if counts[name] == 1 else other for name, other in zip(names, otherwise, strict=True)]
 
 
 def check_size(run: Run, manifest: Manifest, where: Path) -> None:
@@ -162,19 +151,3 @@ def one_device(gpus: int | None) -> torch.device:
     """`--gpus` of tools that use one device: 0 is the CPU, None a GPU if there is one."""
     gpus = min(1, torch.cuda.device_count()) if gpus is None else count_gpus(gpus)
     return torch.device("cuda", 0) if gpus else torch.device("cpu")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a result, making its folder; "-" is the standard output. Raises ModelError if that fails."""
-    if str(path) == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(path, error) from None
-
-
-def cannot_write(path: Path, error: OSError) -> ModelError:
-    return ModelError(f"cannot write {path}: {error.strerror or error}; give another file")

@@ -1,7 +1,5 @@
 """Every layout on two gloo ranks against the plain network on one: the same losses, weights and momentum."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 from base.errors import ModelError
 from model import alexnet
 from model.alexnet import AlexNet
-from model.parallel.layouts import Layout
+from model.parallel.layouts import Layout, automatic
 from model.parallel.ranks import Ranks, reduces
 from model.training import recipe
 from model.training.ema import Ema
@@ -37,6 +35,16 @@ CASES = {
     "bf16-hybrid": {"layouts": ["hybrid"] * 4, "amp": torch.bfloat16},
     "bf16-towers": {"layouts": ["towers"] * 4, "amp": torch.bfloat16},
 }
+
+# layout, optimiser, and the ranks on which a gradient overflows (with "data" ranks have the same gradients)
+OVERFLOWS = [
+    ("hybrid", "sgd", (1,)),
+    ("hybrid", "sgd", (0, 1)),
+    ("towers", "lars", (0,)),
+    ("hybrid", "lars", ()),
+    ("data", "lars", (0, 1)),
+    ("data", "lars", ()),
+]
 
 
 def batch(step):
@@ -95,14 +103,14 @@ def train(
     return {**saved, "losses": losses, "metrics": metrics}
 
 
-def overflow(ranks, kind):
-    """One rank's slice of a gradient overflows: whether any weight changed on this rank, and the new loss scale."""
-    layout, update = build(ranks, kind, "paper", "sgd", torch.float32)
+def overflow(ranks, kind, optimizer, on):
+    """A gradient overflows on the ranks `on`: whether any weight changed on any rank, and the new loss scale."""
+    layout, update = build(ranks, kind, "paper", optimizer, torch.float32)
     scaler = layout.grad_scaler(update, enabled=True)
     before = [p.detach().clone() for p in layout.network.parameters()]
     for p in layout.network.parameters():
         p.grad = torch.ones_like(p)
-    if ranks.rank == 1:
+    if ranks.rank in on:
         layout.network.classifier.fc6.weight.grad[0, 0] = torch.inf
     scaler.scale(torch.ones(()))
     scaler.step(update)
@@ -111,13 +119,13 @@ def overflow(ranks, kind):
     return ranks.any(changed), scaler.get_scale()
 
 
-def work(rank, port, out):
+def work(rank, out):
     alexnet.HIDDEN = HIDDEN
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=2)
     ranks = Ranks(rank, 2, rank, 2)
     results = {name: train(ranks, **case) for name, case in CASES.items()}
-    results["overflow"] = {kind: overflow(ranks, kind) for kind in ("hybrid", "towers")}
+    results["overflow"] = {case: overflow(ranks, *case) for case in OVERFLOWS}
     sizes = {
         kind: sum(
             p.numel() for p in build(ranks, kind, "paper", "sgd", torch.float32)[0].network.parameters()
@@ -132,10 +140,7 @@ def work(rank, port, out):
 def on_two(tmp_path_factory):
     """What every case gives on each of two ranks."""
     out = tmp_path_factory.mktemp("layouts")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, str(out)), nprocs=2)
+    mp.spawn(work, (str(out),), nprocs=2)
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
 
 
@@ -186,9 +191,10 @@ def test_weights_are_held_once(on_two, small):
         assert ranks["sizes"]["hybrid"] == convolutions + (whole - convolutions - last) // 2 + last
 
 
-def test_an_overflow_on_one_rank_skips_the_step_of_all(on_two):
-    for ranks in on_two:
-        assert ranks["overflow"] == {"hybrid": (False, 2.0**15), "towers": (False, 2.0**15)}
+@pytest.mark.parametrize("case", OVERFLOWS, ids=str)
+def test_an_overflow_on_any_rank_skips_the_step_of_all(case, on_two):
+    on = case[2]
+    assert [ranks["overflow"][case] for ranks in on_two] == [(False, 2.0**15) if on else (True, 2.0**16)] * 2
 
 
 def test_one_rank_has_the_plain_network_whatever_the_layout(small):
@@ -203,10 +209,27 @@ def test_what_cannot_be_laid_out_is_said():
         Layout(AlexNet(2, image_size=SIZE), "towers", Ranks(0, 4, 0, 4), BATCH)
     with pytest.raises(ModelError, match="do not divide into 3 ranks"):
         Layout(AlexNet(2, image_size=SIZE), "hybrid", Ranks(0, 3, 0, 3), 9)
-    with pytest.raises(ModelError, match="here are none"):
-        Layout(AlexNet(2, "cifar", image_size=24), "hybrid", Ranks(0, 2, 0, 2), BATCH)
+    with pytest.raises(ModelError, match="this network has none"):
+        Layout(AlexNet(2, "cifar-18pct", image_size=24), "hybrid", Ranks(0, 2, 0, 2), BATCH)
     with pytest.raises(ModelError, match="choose one of"):
         Layout(AlexNet(2, image_size=SIZE), "pipeline", Ranks(), BATCH)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "global_batch", "expected"),
+    [
+        ({}, 1, 128, "data"),
+        ({}, 2, 128, "hybrid"),
+        ({}, 8, 1024, "hybrid"),
+        ({}, 8, 4096, "data"),  # so many activations are more than the weights
+        ({}, 3, 129, "data"),  # 4096 units do not divide
+        ({"variant": "owt"}, 2, 128, "hybrid"),
+        ({"variant": "cifar", "image_size": 32}, 2, 128, "data"),
+    ],
+)
+def test_the_automatic_layout_is_the_one_that_sends_least(options, ranks, global_batch, expected):
+    with torch.device("meta"):
+        assert automatic(AlexNet(1000, **options), ranks, global_batch) == expected
 
 
 def test_masks_of_slices_and_parts_are_those_of_the_whole():

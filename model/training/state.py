@@ -1,0 +1,251 @@
+"""TrainState: everything that changes while a run trains, and what its checkpoints hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from base.errors import ModelError
+from model.alexnet import AlexNet
+from model.parallel.layouts import Layout
+from model.parallel.ranks import Ranks
+from model.training import recipe
+from model.training.checkpoint import Checkpoints
+from model.training.config import Config
+from model.training.ema import Ema
+from model.training.log import duration, size
+from model.training.precision import amp_dtype, diverged
+from model.training.watch import Watch
+from model.training.weights import Weights
+from pipeline.load.plan import Plan
+from pipeline.preprocess import Preprocess
+
+
+class TrainState:
+    """The network on this rank with its optimiser, schedule and place in the run.
+
+    Args:
+        config: with nothing left to choose (`Config.fill`).
+        ranks: this process's place among all.
+        plan: the random decisions of the run.
+        classes: of the manifest.
+        preprocess: kept in every checkpoint.
+        data_sha256: of the training set's content; a resumed run must have the same.
+        weights: to begin with; None for --init.
+
+    Attributes:
+        network: laid out over the ranks; `forward` is the module to call in training.
+        step: steps done; best: the best validation top-1 so far, in 0..1.
+        loss_sum, hits, label_counts: on the device, since the last log line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        plan: Plan,
+        classes: list[dict[str, str | None]],
+        preprocess: Preprocess,
+        data_sha256: str = "",
+        weights: Weights | None = None,
+    ) -> None:
+        assert config.variant and config.init and config.schedule and config.global_batch
+        self.config, self.ranks, self.plan = config, ranks, plan
+        self.classes, self.preprocess = classes, preprocess
+        self.amp = amp_dtype(config.amp, ranks.device)
+        self.network = AlexNet(
+            len(classes), config.variant, config.dropout, image_size=config.crop, **config.network_options
+        )
+        recipe.initialise(self.network, config.init, config.seed)
+        self.begins_with = weights.into(self.network) if weights else ""
+        self.network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layout = Layout(self.network, config.layout, ranks, config.global_batch)
+        if config.freeze:
+            self.network.features.requires_grad_(False)
+        self.optimizer = recipe.build_optimizer(
+            self.network,
+            config.scaled_lr,
+            config.momentum,
+            config.weight_decay,
+            config.optimizer,
+            self.layout.sum_of_slices,
+            bias_lr=config.bias_lr,
+            layer_decay=config.decay_by_layer,
+        )
+        self.schedule = recipe.Schedule(
+            config.schedule,
+            config.scaled_lr,
+            config.epochs,
+            plan.steps_per_epoch,
+            config.warmup_epochs or 0.0,
+            config.patience,
+            config.drop_epochs,
+        )
+        self.scaler = self.layout.grad_scaler(self.optimizer, enabled=self.amp == torch.float16)
+        self.ema = Ema(self.network, config.ema) if config.ema else None
+        self.watch = Watch(len(classes), config.label_smoothing)
+        self.checkpoints = Checkpoints(config.folder, config.keep)
+        self.step, self.best = 0, -1.0
+        # what the weights and the stream of samples depend on: a checkpoint of anything else is refused
+        self.identity = {
+            "variant": config.variant,
+            "seed": config.seed,
+            "global_batch": config.global_batch,
+            "data": data_sha256,
+            "crop": config.crop,
+            "mean": config.mean,
+            "network": self.network.options,
+        }
+        self.loss_sum = torch.zeros((), device=ranks.device)
+        self.hits = torch.zeros((), device=ranks.device)
+        self.label_counts = torch.zeros(len(classes), dtype=torch.int64, device=ranks.device)
+
+    def start(self) -> None:
+        """Make the module to call in training, after a checkpoint was loaded and before the first step."""
+        # DDP may take the graph as static when one eager backward pass makes a step
+        static = self.config.accumulate == 1 and not self.config.compiled
+        self.parallel = self.layout.distribute(static, self.config.compress)
+        self.forward = torch.compile(self.parallel) if self.config.compiled else self.parallel
+        self.train_mode()
+
+    def train_mode(self) -> None:
+        """Back from evaluation; the statistics of a frozen batch normalisation stay."""
+        self.network.train()
+        if self.config.freeze:
+            self.network.features.eval()
+
+    @property
+    def epoch(self) -> int:
+        """Complete epochs so far."""
+        return self.step // self.plan.steps_per_epoch
+
+    @property
+    def end_step(self) -> int:
+        return self.config.epochs * self.plan.steps_per_epoch
+
+    @property
+    def trained(self) -> torch.nn.Module:
+        """What is evaluated: the averaged network where there is one. Every rank must ask together."""
+        return self.layout.plain_network(self.ema.network if self.ema else self.network)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About the size of one checkpoint: weights, momentum and averaged weights in float32."""
+        slices = self.layout.dims  # of these the rank holds one in world_size
+        count = sum(
+            p.numel() * (self.ranks.world_size if name in slices else 1)
+            for name, p in self.network.named_parameters()
+        )
+        return 4 * count * (3 if self.ema else 2)
+
+    # ---- what the user is told
+
+    def describe(self) -> str:
+        """What the run computes on, and in which type of number: why most speeds differ."""
+        ranks = self.ranks
+        if ranks.gpu:
+            where = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
+        else:
+            where = f"{ranks.world_size} x {torch.get_num_threads()} CPU threads"
+        return f"training on {where}, in {str(self.amp or torch.float32).removeprefix('torch.')}"
+
+    def estimate(self, rate: float) -> str:
+        """How long an epoch and the rest of the run take at `rate` images/s, and how much disk the run takes."""
+        epoch = self.plan.steps_per_epoch * self.plan.global_batch
+        rest = (self.end_step - self.step) * self.plan.global_batch
+        files = min(self.config.keep, self.config.epochs) + 1  # and best.pt
+        return (
+            f"at {rate:,.0f} images/s an epoch takes {duration(epoch / rate)} and the rest of the run "
+            f"{duration(rest / rate)}, without validation; up to {files} checkpoints of "
+            f"{size(self.checkpoint_bytes)} take {size(files * self.checkpoint_bytes)}"
+        )
+
+    # ---- checkpoints
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint; `best`: as best.pt too. Every rank must call it: slices are gathered."""
+        model, updates = self.layout.state_dict(), self.layout.optimizer_state_dict(self.optimizer)
+        averaged = self.ema.state_dict(self.layout.whole) if self.ema else {}
+        if not self.ranks.first:
+            return
+        state = {
+            "model": model,
+            "optimizer": updates,
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "watch": self.watch.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "seed": self.config.seed,
+            "variant": self.network.variant,
+            "network": self.network.options,
+            "ema": averaged,
+            "identity": self.identity,
+            "classes": self.classes,
+            "preprocess": self.preprocess.state_dict(),
+        }
+        self.checkpoints.save(state, best=best)
+
+    def resume(self, say: Callable[[str], None]) -> None:
+        """Continue from the newest checkpoint; raises ModelError if it is of another run, or of none."""
+        out, saved = self.config.folder, self.checkpoints.newest(self.config.fall_back, say)
+        for key, value in self.identity.items():
+            if saved["identity"].get(key) != value:
+                raise ModelError(
+                    f"the checkpoint in {out} has {key} {saved['identity'].get(key)}, not {value}: "
+                    "resume with the options (and data) that the run began with"
+                )
+        if bool(saved["ema"]) != bool(self.ema):
+            raise ModelError(
+                f"the checkpoint in {out} was made {'with' if not self.ema else 'without'} --ema"
+            )
+        self.layout.load_state_dict(saved["model"])
+        self.layout.load_optimizer_state_dict(self.optimizer, saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.watch.load_state_dict(saved["watch"])
+        if saved["scaler"]:  # empty without float16, and --amp may change on the way
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(saved["ema"], self.layout.part)
+        self.step, self.best = saved["step"], saved["best"]
+
+    def check_same_step(self) -> None:
+        """Raises ModelError where nodes do not share the run's folder and found different checkpoints."""
+        ranks, step = self.ranks, torch.tensor(self.step, device=self.ranks.device)
+        if ranks.any(ranks.sum(step).item() != self.step * ranks.world_size):
+            raise ModelError(
+                f"the ranks find different checkpoints in {self.config.folder}: "
+                "give an --out that all nodes share"
+            )
+
+    # ---- what is read from the device at a log line
+
+    def window(self, steps: int) -> dict[str, float]:
+        """Mean loss (and error) of the last `steps` steps over all ranks, and the loss of guessing; begin anew.
+
+        Waits for the device.
+        """
+        ranks = self.ranks
+        means = {"loss": ranks.sum(self.loss_sum).item() / steps / ranks.world_size}
+        if self.config.train_error:
+            images = steps * self.layout.batch * ranks.world_size
+            means["error"] = 1 - ranks.sum(self.hits).item() / images
+        self.watch.add(means["loss"], steps, ranks.sum(self.label_counts))
+        means["guess"] = self.watch.guess()
+        for total in (self.loss_sum, self.hits, self.label_counts):
+            total.zero_()
+        return means
+
+    @torch.no_grad()
+    def before_saving(self) -> None:
+        """Make the ranks' running statistics one; raises ModelError where the weights are not finite.
+
+        The loss of a step says nothing about the update after it.
+        """
+        for averaged in (self.network, self.ema.network) if self.ema else (self.network,):
+            self.layout.average_buffers(averaged)
+        total = sum(parameter.detach().float().sum() for parameter in self.network.parameters())
+        if not torch.isfinite(self.ranks.sum(torch.as_tensor(total))):
+            raise diverged("the weights are not finite", self.config.folder)

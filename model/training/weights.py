@@ -1,0 +1,130 @@
+"""Existing weights to begin a training with: runs, checkpoints, torchvision's alexnet, safetensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from base.errors import ModelError
+from model.training import checkpoint
+
+# torchvision's alexnet takes (pixel - mean) / std of RGB pixels in 0..1; pipeline.preprocess has its mean
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's weights and what it takes to use them.
+
+    `state`: name -> tensor, as AlexNet of `variant` with `options` has them. `mean`: the value of --mean that the
+    network was trained with, None where any does.
+    """
+
+    path: Path
+    variant: str
+    state: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    mean: str | None = None
+
+    def check(self, network: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+        """The tensors that fit into `network`, and its layers that have none; raises ModelError as `into` does."""
+        own = network.state_dict()
+        fits = {name: t for name, t in self.state.items() if name in own and own[name].shape == t.shape}
+        anew = sorted({name.rpartition(".")[0] for name in own.keys() - fits.keys()})
+        if not fits or any(name.startswith("features.") for name in anew):
+            raise ModelError(
+                f"{self.path} holds weights of another network ({', '.join(anew[:3])} do not fit): "
+                f"leave --variant and the options of the network out, or give other --weights"
+            )
+        return fits, anew
+
+    def into(self, network: nn.Module) -> str:
+        """Copy what fits into `network`; returns in one line what was done.
+
+        Layers whose shape differs, such as the last with other classes, keep their initial weights. Raises
+        ModelError where a convolution does not fit: then it is another network.
+        """
+        fits, anew = self.check(network)
+        network.load_state_dict({**network.state_dict(), **fits})
+        layers = {name.rpartition(".")[0] for name in fits}
+        return f"{len(layers)} layers from {self.path}" + (f", {', '.join(anew)} anew" if anew else "")
+
+
+def load_weights(path: Path) -> Weights:
+    """Read weights; raises ModelError in one line where `path` holds none that an AlexNet can take.
+
+    Args:
+        path: a run's folder (its best checkpoint), a checkpoint of train.py, a state dict of torchvision's alexnet
+            (.pth), or a safetensors file of tools/export.py or with torchvision's names.
+    """
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    if path.is_dir() or _is_ours(path):
+        saved = checkpoint.load(checkpoint.find(path))
+        try:
+            state = (saved.get("ema") or saved)["model"]
+            mode = saved["preprocess"]["mean_mode"]
+            return Weights(path, saved["variant"], dict(state), dict(saved["network"]), mode)
+        except (KeyError, TypeError, ValueError):
+            raise ModelError(f"{path} is not a checkpoint of train.py: give another --weights") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception:  # torch raises many kinds, with pages of advice
+        raise ModelError(
+            f"{path} is not a file of weights that torch can load without running its code"
+        ) from None
+    return _from_torchvision(path, state)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file ends in the checksum that `checkpoint.save` writes."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-checkpoint.DIGEST_BYTES, 2)
+            end = file.read()
+        return len(bytes.fromhex(end.decode("ascii"))) * 2 == checkpoint.DIGEST_BYTES
+    except (OSError, ValueError):
+        return False
+
+
+def _from_torchvision(path: Path, state: Any) -> Weights:
+    """torchvision's names and scale: the division by its deviation becomes part of conv1."""
+    if not isinstance(state, dict) or not {"features.0.weight", "classifier.6.weight"} <= state.keys():
+        raise ModelError(f"{path} is not a state dict of torchvision's alexnet: give another --weights")
+    scale = (255 * torch.tensor(IMAGENET_STD, dtype=torch.float64)).view(1, 3, 1, 1)
+    state = dict(state)
+    try:
+        state["features.0.weight"] = (state["features.0.weight"].double() / scale).float()
+    except (RuntimeError, AttributeError):
+        raise ModelError(
+            f"{path} is not a state dict of torchvision's alexnet: give another --weights"
+        ) from None
+    return Weights(path, "owt", state, mean="imagenet")
+
+
+def _from_safetensors(path: Path) -> Weights:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ModelError("safetensors is not installed: run pip install -e '.[export]'") from None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    if "preprocess" not in about:
+        return _from_torchvision(path, state)
+    try:
+        mode = json.loads(about["preprocess"])["mean_mode"]
+        return Weights(path, about["variant"], state, json.loads(about["network"]), mode)
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(
+            f"the metadata of {path} is not that of tools/export.py: give another --weights"
+        ) from None

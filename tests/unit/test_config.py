@@ -1,0 +1,135 @@
+"""Config: what is not given follows from the number of images; files are converted by the options' own types."""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from subprocess import run
+from typing import Any
+
+import click
+import pytest
+from helpers import ROOT, train_here
+
+import train
+from base.errors import ModelError
+from base.files import lock
+from model.alexnet import ACTIVATIONS, DROPPABLE, VARIANTS
+from model.parallel.layouts import LAYOUTS
+from model.training import recipe
+from model.training.config import Config
+from pipeline.load.plan import AUGMENTATIONS
+from pipeline.preprocess import MEANS
+
+
+def given(*arguments: object) -> Config:
+    with train.main.make_context("train.py", list(map(str, arguments))) as context:
+        return Config(**context.params)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "schedule", "warmup"),
+    [
+        (20, 20, "cosine", 1),
+        (500, 32, "cosine", 1),
+        (2_934, 32, "cosine", 1),
+        (8_144, 64, "cosine", 1),
+        (50_000, 128, "cosine", 1),
+        (1_281_167, 128, "plateau", 0),
+    ],
+)
+def test_few_images_get_small_batches_and_imagenet_the_papers_values(
+    images: int, batch: int, schedule: str, warmup: float
+) -> None:
+    config = Config()
+    said = config.fill(images)
+    assert (config.global_batch, config.schedule, config.warmup_epochs) == (batch, schedule, warmup)
+    assert (config.lr, config.init, config.variant, config.mean) == (0.01, "torch", "paper", "pixel")
+    assert f"{images:,} training images" in said and f"batches of {batch}" in said and schedule in said
+
+
+def test_what_is_given_stays() -> None:
+    config = given(
+        "--global-batch", 7, "--lr", 0.5, "--schedule", "step", "--warmup-epochs", 0, "--init", "paper"
+    )
+    config.fill(500)
+    assert (config.global_batch, config.lr, config.schedule, config.warmup_epochs) == (7, 0.5, "step", 0)
+    assert config.init == "paper"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_has_a_start(variant: str) -> None:
+    config = Config(variant=variant)
+    config.fill(1000)
+    assert config.init in recipe.INITS
+
+
+def test_the_choices_are_those_of_the_modules_that_use_them() -> None:
+    """Written out in Config, which must not import torch."""
+    choices = {
+        f.name: tuple(f.metadata["type"].choices)
+        for f in fields(Config)
+        if isinstance(f.metadata["type"], click.Choice)
+    }
+    assert choices["variant"] == tuple(VARIANTS) and choices["activation"] == tuple(ACTIVATIONS)
+    assert choices["drop_layer"] == DROPPABLE and choices["layout"] == LAYOUTS
+    assert choices["init"] == tuple(recipe.INITS) and choices["optimizer"] == recipe.OPTIMIZERS
+    assert choices["schedule"] == recipe.SCHEDULES
+    assert set(choices["mean"]) == set(MEANS) and set(choices["augment"]) == set(AUGMENTATIONS)
+
+
+def test_help_is_in_groups_and_needs_neither_torch_nor_dali() -> None:
+    code = (
+        "import sys, train\n"
+        "try:\n    train.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'nvidia', 'cv2', 'tqdm'} & sys.modules.keys())"
+    )
+    said = run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert said.splitlines()[-1] == "set()"
+    titles = [line for line in said.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles[:6] == ["Data:", "Network:", "Training:", "Regularisation:", "Speed:", "Run:"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"keep": 0}, "keep cannot be 0"),
+        ({"lr": "fast"}, "lr cannot be 'fast'"),
+        ({"global_batch": [1]}, "global_batch cannot be"),
+        ({"drop_layer": "conv2"}, "drop_layer cannot be"),
+        ({"learning_rate": 1}, "options that train.py does not know: learning_rate"),
+        ([1], "not a config.json"),
+    ],
+)
+def test_a_config_file_of_another_making_is_refused_in_one_line(
+    content: Any, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=message):
+        given("--config", tmp_path / "config.json")
+
+
+def test_a_strangers_config_sends_nothing_away(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"wandb": True, "out": "/elsewhere", "lr": 0.25}))
+    config = given("--config", tmp_path / "config.json")
+    assert (config.wandb, config.out, config.lr) == (False, None, 0.25)
+
+
+def test_two_trainings_in_one_folder_are_kept_apart(dataset: Path, tmp_path: Path) -> None:
+    options = ["--data", dataset, "--out", tmp_path, "--crop", 63, "--epochs", 1, "--global-batch", 32]
+    with lock(tmp_path / ".lock", "taken"):
+        done = train_here(*options)
+    assert done.exit_code == 1 and "another train.py writes to" in done.output
+    assert not (tmp_path / "config.json").exists()
+    assert train_here(*options).exit_code == 0
+
+
+def test_a_finished_run_says_so_and_keeps_its_config(dataset: Path, tmp_path: Path) -> None:
+    options = ["--data", dataset, "--out", tmp_path, "--crop", 63, "--global-batch", 48]
+    assert train_here(*options, "--epochs", 2).exit_code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = train_here("--out", tmp_path, "--resume")
+    assert done.exit_code == 0 and "is finished, 2 epochs" in done.output
+    done = train_here("--out", tmp_path, "--resume", "--epochs", 1)
+    assert done.exit_code == 1 and "has 2 epochs already" in done.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

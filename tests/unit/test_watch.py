@@ -1,0 +1,59 @@
+"""Whether a run only guesses, and what it says then."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import newest, train_here
+
+from model.training.watch import Watch
+
+
+def test_the_level_of_guessing_is_the_entropy_of_the_labels() -> None:
+    watch = Watch(3)
+    watch.add(1.0, 10, torch.tensor([50, 25, 25]))
+    assert watch.guess() == pytest.approx(-(0.5 * math.log(0.5) + 0.5 * math.log(0.25)))
+    smoothed = Watch(3, smoothing=0.3)
+    smoothed.add(1.0, 10, torch.tensor([100, 0, 0]))
+    assert smoothed.guess() == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.1)))
+
+
+def test_a_stuck_run_is_reported_once_and_not_before_it_had_time() -> None:
+    watch, counts = Watch(2), torch.tensor([50, 50])
+
+    def epoch(loss: float, step: int, last: bool = False) -> bool:
+        watch.add(loss, 10, counts)
+        return watch.epoch_ends(step, last) is not None
+
+    assert not epoch(0.69, 100) and not epoch(0.69, 200)
+    assert epoch(0.69, 300) and not epoch(0.69, 400) and not watch.learnt
+    other = Watch(2)
+    other.load_state_dict(watch.state_dict())
+    assert other.warned and not other.learnt
+    assert not epoch(0.6, 500) and watch.learnt
+    assert (
+        not epoch(0.69, 600, last=True) and watch.learnt
+    )  # a network that has learnt is not called stuck again
+    short = Watch(2)
+    short.add(0.69, 10, counts)
+    assert short.epoch_ends(10, last=True) == pytest.approx({"loss": 0.69, "guess": math.log(2)})
+
+
+def test_a_network_that_cannot_learn_says_so_and_keeps_its_rate(dataset: Path, tmp_path: Path) -> None:
+    options = ["--data", dataset, "--out", tmp_path, "--crop", 63, "--schedule", "plateau", "--patience", 1]
+    done = train_here(*options, "--epochs", 3, "--lr", 1e-12, "--init", "paper")
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.output.splitlines() if "only guesses" in line]
+    assert "classes 1.386;" in line and "--init torch" in line
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    (entry,) = [entry for entry in log if entry["kind"] == "guessing"]
+    assert entry["step"] == 9 and entry["guess"] == pytest.approx(math.log(4), rel=1e-4)
+    assert newest(tmp_path)["schedule"]["drops"] == 0
+
+
+def test_a_network_that_learns_is_left_in_peace(dataset: Path, tmp_path: Path) -> None:
+    done = train_here("--data", dataset, "--out", tmp_path, "--crop", 63, "--epochs", 6, "--global-batch", 16)
+    assert done.exit_code == 0, done.output
+    assert "guess" not in done.output and newest(tmp_path)["watch"]["learnt"]

@@ -1,0 +1,121 @@
+"""--weights: runs, torchvision's state dicts and safetensors, what fits and what does not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CROP, make_run, newest, train_here
+from safetensors.torch import save_file
+
+from base.errors import ModelError
+from model.alexnet import AlexNet
+from model.training.checkpoint import find, load
+from model.training.weights import IMAGENET_STD, load_weights
+from pipeline.preprocess import IMAGENET_MEAN
+
+
+def torchvision_state(classes: int) -> dict[str, Any]:
+    """The state dict of torchvision's alexnet: that of our `owt`, which another test holds equal."""
+    torch.manual_seed(1)
+    return AlexNet(classes, "owt").state_dict()
+
+
+def test_torchvisions_weights_take_its_mean_and_scale(tmp_path: Path) -> None:
+    state = torchvision_state(1000)
+    torch.save(state, tmp_path / "alexnet.pth")
+    weights = load_weights(tmp_path / "alexnet.pth")
+    assert (weights.variant, weights.mean) == ("owt", "imagenet")
+    ours, theirs = AlexNet(1000, "owt").eval(), AlexNet(1000, "owt").eval()
+    assert weights.into(ours) == f"8 layers from {tmp_path / 'alexnet.pth'}"
+    theirs.load_state_dict(state)
+    levels = torch.randint(0, 256, (2, 3, 224, 224)).float()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(
+        ours(levels - 255 * mean), theirs((levels / 255 - mean) / std), atol=1e-4, rtol=1e-3
+    )
+
+
+def test_the_last_layer_begins_anew_where_classes_differ(tmp_path: Path) -> None:
+    torch.save(torchvision_state(1000), tmp_path / "a.pth")
+    network = AlexNet(5, "owt")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert load_weights(tmp_path / "a.pth").into(network).endswith("classifier.6 anew")
+    after = network.state_dict()
+    assert torch.equal(before["classifier.6.weight"], after["classifier.6.weight"])
+    assert not torch.equal(before["classifier.4.weight"], after["classifier.4.weight"])
+
+
+def test_a_run_and_its_exported_safetensors_give_the_same_network(dataset: Path, tmp_path: Path) -> None:
+    from tools.lib.formats import to_safetensors
+    from tools.lib.runs import load_run
+
+    run = make_run(tmp_path / "run", dataset, drop_layers=["conv3"], activation="tanh")
+    to_safetensors(load_run(run), tmp_path / "net.safetensors")
+    for path in (run, find(run), tmp_path / "net.safetensors"):
+        weights = load_weights(path)
+        assert weights.variant == "paper" and weights.mean == "pixel"
+        assert weights.options == {"drop_layers": ["conv3"], "activation": "tanh"}
+        network = AlexNet(4, image_size=CROP, **weights.options)
+        weights.into(network)
+        saved = load(find(run))["model"]
+        assert all(torch.equal(saved[name], value) for name, value in network.state_dict().items())
+
+
+def test_files_of_anything_else_are_refused_in_one_line(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("not weights")
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    torch.save([1], tmp_path / "list.pth")
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08")
+    for name in ("text.pth", "other.pth", "list.pth", "x.safetensors", "cut.safetensors", "none.pth", "none"):
+        with pytest.raises(ModelError) as error:
+            load_weights(tmp_path / name)
+        assert "\n" not in error.value.message and name in error.value.message
+    torch.save(torchvision_state(3), tmp_path / "a.pth")
+    with pytest.raises(ModelError, match="weights of another network"):
+        load_weights(tmp_path / "a.pth").into(AlexNet(3))
+
+
+def test_a_training_begins_with_frozen_convolutions(dataset: Path, tmp_path: Path) -> None:
+    """Of another run, whose options it takes over; resumed without the file."""
+    run = make_run(tmp_path / "old", dataset, "bn", pool=(2, 2))
+    options = [
+        "--data",
+        dataset,
+        "--out",
+        tmp_path / "new",
+        "--crop",
+        CROP,
+        "--weights",
+        run,
+        "--freeze",
+        "features",
+    ]
+    done = train_here(*options, "--epochs", 1)
+    assert done.exit_code == 0, done.output
+    assert "begins with" in done.output and "frozen" in done.output
+    old, new = load(find(run))["model"], newest(tmp_path / "new")
+    assert (new["variant"], new["network"]) == ("bn", {"pool": [2, 2]})
+    for name, value in new["model"].items():
+        frozen = name.startswith("features.")
+        assert torch.equal(value, old[name]) == frozen, name
+    (run / "best.pt").unlink()
+    done = train_here("--out", tmp_path / "new", "--resume", "--epochs", 2)
+    assert done.exit_code == 0 and newest(tmp_path / "new")["step"] == 2 * new["step"], done.output
+
+
+def test_bad_use_writes_nothing(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--data", dataset, "--out", out, "--crop", 63]
+    torch.save(torchvision_state(4), tmp_path / "a.pth")
+    for arguments, code, message in (
+        (["--freeze", "features"], 2, "give --weights too"),
+        (["--recipe", "cifar-18pct"], 1, "for images of 32 pixels"),
+        (["--weights", tmp_path / "none.pth"], 1, "cannot read"),
+        (["--weights", tmp_path / "a.pth", "--variant", "paper"], 1, "weights of another network"),
+        (["--init", "cuda-convnet"], 1, "cifar-80sec"),
+    ):
+        done = train_here(*options, *arguments)
+        assert done.exit_code == code and message in done.output, done.output
+        assert not out.exists()

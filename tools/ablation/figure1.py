@@ -1,0 +1,124 @@
+"""The paper's figure 1: epochs that four-layer networks take to 25 % training error on CIFAR-10."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from base.errors import ModelError
+from pipeline.shards import MANIFEST, ShardReader
+from tools.ablation.claims import spread
+from tools.ablation.jobs import ROOT, Job, Workers, reaches, read_json
+from tools.lib.cli import write_text
+
+TARGET = 0.25  # the training error that both networks have to reach
+
+
+def cifar_shards(source: Path, out: Path) -> Path:
+    """SOURCE itself if it holds shards; else lossless shards of it in OUT/cifar.
+
+    Raises ModelError if those there are of another SOURCE: finished runs may have been trained on them.
+    """
+    if (source / "train" / MANIFEST).exists():
+        return source
+    data = out / "cifar"
+    try:
+        stat = source.stat()
+    except OSError as error:
+        raise ModelError(f"cannot read {source}: {error.strerror}; give CIFAR-10") from None
+    identity = {"path": str(source.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if (data / "val" / MANIFEST).exists():
+        if read_json(data / "source.json") != identity:
+            raise ModelError(
+                f"{data} was not built of {source} as it is now: give another --out, or --figure1 {data}"
+            )
+        return data
+    write_text(data / "source.json", json.dumps(identity) + "\n")
+    builds = [[str(source)]]
+    if (source / "test").is_dir():  # as CIFAR's own names have it
+        builds = [[str(source / "train"), "--split", "train"], [str(source / "test"), "--split", "val"]]
+    for arguments in builds:
+        command = [sys.executable, str(ROOT / "tools/build_lmdb.py"), arguments[0], str(data), *arguments[1:]]
+        options = ["--size", "32", "--encoding", "raw", "--overwrite"]
+        if subprocess.run([*command, *options]).returncode:
+            raise ModelError(
+                f"no shards could be built of {source}: give CIFAR-10's archive or class folders"
+            )
+    return data
+
+
+def figure1(
+    data: Path,
+    out: Path,
+    activations: list[str],
+    rates: list[str],
+    seeds: int,
+    tune_epochs: int,
+    max_epochs: int,
+    extra: list[str],
+    workers: Workers,
+) -> tuple[list[Job], dict[str, Any]]:
+    """Epochs to 25 % training error, for each activation at the rate that makes it fastest in a short trial.
+
+    The author's network for CIFAR-10 with his initial weights, pixels in levels and rate of biases. No
+    augmentation, no regularisation, a constant rate; the error is the running one of the epoch.
+    """
+    size = ShardReader(data / "train").manifest.size
+    options = [
+        "--data",
+        str(data.resolve()),
+        "--variant",
+        "cifar-18pct",
+        "--bias-lr",
+        "2",
+        "--crop",
+        str(size),
+        "--train-error",
+    ]
+    options += ["--augment", "none", "--color-std", "0", "--weight-decay", "0", "--dropout", "0"]
+    options += ["--schedule", "plateau", "--patience", "100000", *extra]  # the rate stays as it is
+    folder = out / "figure1"
+
+    def run(activation: str, rate: str, epochs: int, seed: int, target: float | None = None) -> Job:
+        kind = "trial" if target is None else "run"
+        where = folder / f"{activation}-lr-{rate}-{kind}" / f"seed-{seed}"
+        own = ["--activation", activation, "--lr", rate, "--epochs", str(epochs)]
+        return Job(f"{activation} at {rate}", seed, where, [*options, *own], target)
+
+    trials = [run(a, r, tune_epochs, 0) for a, r in itertools.product(activations, rates)]
+    workers.work(trials, "figure 1: rates")
+    best: dict[str, str] = {}
+    for activation in activations:
+        mine = [t for t in trials if t.name.startswith(f"{activation} at") and "failed" not in t.result]
+        if not mine:
+            raise ModelError(f"{activation} learns at none of {', '.join(rates)}: give other --lrs")
+        best[activation] = min(mine, key=lambda t: t.result["train_errors"][-1]).name.split(" at ")[1]
+    runs = [run(a, best[a], max_epochs, seed, TARGET) for seed in range(seeds) for a in activations]
+    workers.work(runs, "figure 1: to 25 %")
+
+    rows = []
+    for activation in activations:
+        mine = [
+            r for r in runs if r.name == f"{activation} at {best[activation]}" and "failed" not in r.result
+        ]
+        epochs = [reaches(r.result["train_errors"], TARGET) for r in mine]
+        rows.append(
+            {
+                "activation": activation,
+                "lr": best[activation],
+                "trials": {
+                    t.name.split(" at ")[1]: t.result.get("train_errors", [None])[-1]
+                    for t in trials
+                    if t.name.startswith(f"{activation} at")
+                },
+                "seeds": len(mine),
+                "epochs": spread([e for e in epochs if e is not None]),
+                "not_reached": sum(e is None for e in epochs),
+                "curves": [r.result["train_errors"] for r in mine],
+            }
+        )
+    return runs, {"rows": rows, "target": TARGET, "max_epochs": max_epochs, "trial_epochs": tune_epochs}

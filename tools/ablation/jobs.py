@@ -1,0 +1,279 @@
+"""Jobs: train.py's runs of an ablation, several at a time, and what they have measured."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+import click
+from tqdm import tqdm
+
+from base.errors import ModelError
+from base.machine import cpu_threads
+from model.training.checkpoint import Checkpoints
+from model.training.config import Config
+from model.training.log import epochs_of, read_log
+from model.training.watch import SHARE
+from tools.lib.cli import write_text
+from train import EXIT_INTERRUPTED
+from train import main as train_command
+
+ROOT = Path(__file__).parents[2]
+# options of train.py that say how a job is computed, not what
+RUNTIME_OPTIONS = {f.name for f in fields(Config) if f.metadata["group"] in ("Speed", "Job")}
+
+
+@dataclass
+class Job:
+    """One job: where, with which options, and when it may stop."""
+
+    name: str
+    seed: int
+    out: Path
+    arguments: list[str]
+    target: float | None = None  # stop as soon as an epoch's training error is no higher
+    train_split: Path | None = None  # evaluate on it at the end
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+
+class Workers:
+    """Runs train.py's runs, `jobs` at a time, each on its own GPU or its own share of the cores."""
+
+    def __init__(self, jobs: int, gpus: int, threads: int | None, lock: IO[str]) -> None:
+        self.jobs, self.gpus, self.lock = jobs, gpus, lock
+        self.threads = threads or max(1, cpu_threads() // jobs)
+        # how a run is computed, not what: another machine may go on with it
+        self.options = ["--no-progress", "--no-tensorboard", "--keep", "1"]
+        if not gpus:
+            self.options += ["--workers", "0", "--decode-threads", str(self.threads)]
+        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(jobs):
+            self.slots.put(slot)
+        self.processes: set[subprocess.Popen[str]] = set()
+        self.stopping = threading.Event()
+
+    def __enter__(self) -> Workers:
+        """From here on SIGINT and SIGTERM stop the runs."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, lambda *_: self.stop()) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def stop(self) -> None:
+        """Every run saves and ends."""
+        self.stopping.set()
+        for process in list(self.processes):
+            process.terminate()
+
+    def work(self, jobs: list[Job], said: str) -> None:
+        """All jobs' results; those that are there already are only read. Raises Exit when stopped by a signal."""
+        for job in jobs:
+            job.result = finished(job)
+        waiting = [job for job in jobs if not job.result]
+        with (
+            ThreadPoolExecutor(self.jobs) as pool,
+            tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=said, unit="run") as bar,
+        ):
+            futures = [pool.submit(self._run, job) for job in waiting]
+            while not all(future.done() for future in futures):
+                time.sleep(0.2)  # signals are handled in this thread
+                if done := sum(bool(job.result) for job in jobs) - bar.n:
+                    bar.update(done)
+        self.check_stopped()
+        for future in futures:
+            future.result()
+
+    def check_stopped(self) -> None:
+        """Raises Exit if a signal has come."""
+        if self.stopping.is_set():
+            click.echo("stopped by a signal, the runs have saved: the same command goes on", err=True)
+            raise click.exceptions.Exit(EXIT_INTERRUPTED)
+
+    def _run(self, job: Job) -> None:
+        if self.stopping.is_set():
+            return
+        slot = self.slots.get()
+        try:
+            arguments = [*self.options, *job.arguments, "--out", str(job.out), "--seed", str(job.seed)]
+            if Checkpoints(job.out).paths():
+                arguments.append("--resume")
+            else:
+                write_text(job.out / "arguments.json", json.dumps(job.arguments) + "\n")
+            code, error = self.call("train.py", arguments, slot, job)
+            reached = reaches(epoch_errors(job.out), job.target)
+            if self.stopping.is_set() and not reached:
+                return
+            if code == 0 or reached:
+                job.result = {"arguments": job.arguments, **measured(job)}
+                if job.train_split and not self._evaluate_train(job, slot):
+                    return
+                write_text(job.out / "result.json", json.dumps(job.result, indent=1) + "\n")
+            else:
+                job.result = {"failed": error or f"exit code {code}"}  # not written: tried again next time
+        finally:
+            self.slots.put(slot)
+
+    def _evaluate_train(self, job: Job, slot: int) -> bool:
+        """Adds the last weights' accuracy on the training set, centre crops; False when stopped."""
+        path = job.out / "train-split.json"
+        newest = Checkpoints(job.out).paths()[0]
+        arguments = [str(newest), "--data", str(job.train_split), "--split", "train", "--json", str(path)]
+        code, error = self.call("tools/evaluate.py", [*arguments, "--no-progress", "--workers", "0"], slot)
+        if code == 0:
+            job.result["train_top1"] = json.loads(path.read_text())["top1"]
+        elif not self.stopping.is_set():
+            job.result = {"failed": error}
+        return code == 0
+
+    def call(self, script: str, arguments: list[str], slot: int, job: Job | None = None) -> tuple[int, str]:
+        """Exit code and last line of complaint. A run with a target is told to save and end once it is there."""
+        environment = dict(os.environ)
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = visible_gpu(slot % self.gpus)
+        else:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+        command = [sys.executable, str(ROOT / script), *arguments, "--gpus", "1" if self.gpus else "0"]
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
+            pass_fds=[self.lock.fileno()],  # whoever trains holds the folder, also if this process is killed
+        )
+        self.processes.add(process)
+        if self.stopping.is_set():
+            process.terminate()
+        try:
+            told = False
+            while True:
+                try:
+                    _, errors = process.communicate(timeout=1 if job and job.target else None)
+                    break
+                except subprocess.TimeoutExpired:
+                    if job and not told and reaches(epoch_errors(job.out), job.target):
+                        process.terminate()
+                        told = True
+        finally:
+            self.processes.discard(process)
+        lines = [line for line in errors.splitlines() if line.strip()]
+        return process.returncode, (lines or [""])[-1].removeprefix("Error: ")
+
+
+def visible_gpu(index: int) -> str:
+    """The name of the index-th GPU that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)
+
+
+def finished(job: Job) -> dict[str, Any]:
+    """The result of a job that is complete, else {}; raises ModelError if it was, or is, another run."""
+    result = read_json(job.out / "result.json") or {}
+    began = result.get("arguments")
+    if not result and Checkpoints(job.out).paths():  # --resume would go on with the options it began with
+        began = read_json(job.out / "arguments.json")
+    if began not in (None, job.arguments) and training_options(began) != training_options(job.arguments):
+        raise ModelError(f"{job.out} was run with other options ({shlex.join(began)}): give another --out")
+    if job.train_split and "train_top1" not in result:
+        return {}  # finished for a claim that did not need it: nothing is left to train, only to evaluate
+    return result
+
+
+def training_options(arguments: list[str]) -> dict[str, Any]:
+    """train.py's options but RUNTIME_OPTIONS, however they are spelled; raises UsageError as train.py does."""
+    with train_command.make_context("train.py", list(arguments)) as context:
+        options = {name: value for name, value in context.params.items() if name not in RUNTIME_OPTIONS}
+    return {**options, "data": options["data"].resolve()}
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds; None if it is missing or was being written."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def measured(job: Job) -> dict[str, Any]:
+    """Validation curves and training errors of a job, an entry an epoch; steps until it began to learn."""
+    log = read_log(job.out, strict=False)
+    validations = [entry for entry in log if entry["kind"] == "val"]
+    return {
+        "epochs": len(validations),
+        "steps": max(entry["step"] for entry in log),
+        **{key: [entry[key] for entry in validations] for key in ("top1", "top5", "loss")},
+        "train_errors": epoch_errors(job.out),
+        "steps_to_learn": steps_to_learn(log),
+    }
+
+
+def epoch_errors(out: Path) -> list[float]:
+    """The running training error of every complete epoch (train.py --train-error), each batch before its update."""
+    return [row["error"] for row in epochs_of(read_log(out, strict=False)) if row["error"] is not None]
+
+
+def steps_to_learn(log: list[dict[str, Any]]) -> int | None:
+    """Steps until the running loss stays below 0.95 of the entropy of the first epoch's labels; None if never.
+
+    The running loss is that of a log line, the mean over --log-every steps.
+    """
+    windows = [entry for entry in log if entry["kind"] == "train" and "guess" in entry]
+    first = [entry for entry in windows if entry["epoch"] == windows[0]["epoch"]]
+    learnt = None
+    for entry in reversed(windows):
+        if entry["loss"] >= SHARE * first[-1]["guess"]:
+            break
+        learnt = entry["step"]
+    return learnt
+
+
+def reaches(errors: list[float], target: float | None) -> float | None:
+    """Epochs until the running training error is down at `target`, between two epochs by a straight line."""
+    if target is None:
+        return None
+    for epoch, error in enumerate(errors, 1):
+        if error <= target:
+            if epoch == 1:
+                return 1.0
+            before = errors[epoch - 2]
+            return epoch - 1 + (before - target) / (before - error)
+    return None
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[IO[str]]:
+    """Hold OUT for one command at a time, and for the jobs that it has begun."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    except OSError as error:
+        raise ModelError(f"cannot write {out}: {error.strerror}; give another --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ModelError(f"another command, or a run that it began, is at work in {out}") from None
+        os.set_inheritable(file.fileno(), True)
+        yield file

@@ -1,0 +1,148 @@
+"""The table and the curves of an ablation."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from matplotlib.figure import Figure
+
+from tools.ablation.jobs import Job
+from tools.lib.cli import write_text
+from tools.lib.figures import COLORS, new_figure
+
+
+def report(parts: dict[str, Any], failed: list[str], out: Path) -> None:
+    """Write and print the table, and say which runs failed."""
+    parts["command"] = shlex.join(["python", "tools/ablate.py", *sys.argv[1:]])
+    write_text(out / "results.json", json.dumps(parts, indent=1) + "\n")
+    table = as_markdown(parts)
+    write_text(out / "table.md", table)
+    click.echo(table, nl=False)
+    click.echo(f"\n{out}/table.md, results.json and the curves are written")
+    for line in failed:
+        click.echo(f"failed: {line}", err=True)
+
+
+def said(value: dict[str, Any] | None, sign: str = "", digits: int = 1) -> str:
+    """A mean and its spread: "+1.4 ± 0.3"."""
+    if value is None:
+        return "–"
+    return f"{value['mean']:{sign}.{digits}f}" + (
+        "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
+    )
+
+
+def as_markdown(parts: dict[str, Any]) -> str:
+    """What is printed and written to table.md."""
+    lines: list[str] = []
+    if "claims" in parts:
+        lines += [
+            "Validation error in % after the last epoch, training error (centre crop, no dropout) where it is the",
+            "point; mean ± standard deviation over seeds. Changes from the baseline, seed by seed, in points.",
+            "Learns after: steps until the training loss stays below 0.95 of the entropy of the labels.",
+            "",
+            "| run | switch | about | top-1 | change | top-5 | change | training | change | learns after "
+            "| paper | seeds |",
+            "|---|---|---|--:|--:|--:|--:|--:|--:|--:|---|--:|",
+        ]
+        for row in parts["claims"]:
+            switch = f"`{row['switch']}`" if row["claim"] else "none"
+            cells = [row["run"], switch, row.get("says", "")]
+            for key in ("top1", "top5", "train"):
+                cells += [said(row[key]), said(row.get(f"{key}_difference"), "+")]
+            never = f", {row['never_learnt']} never" if row["never_learnt"] else ""
+            cells.append(said(row["steps_to_learn"], digits=0) + never)
+            lines.append("| " + " | ".join([*cells, row.get("paper", ""), str(len(row["seeds"]))]) + " |")
+        lines.append("")
+    if parts.get("evaluated"):
+        lines += [
+            "| the baseline's networks | top-1 error, each | averaged | top-5 error, each | averaged |",
+            "|---|--:|--:|--:|--:|",
+        ]
+        for row in parts["evaluated"]:
+            what = f"{row['networks']} networks, {'centre crop' if row['crops'] == 1 else 'ten crops'}"
+            cells = [what, said(row["top1"]), f"{row['top1_average']:.1f}"]
+            lines.append("| " + " | ".join([*cells, said(row["top5"]), f"{row['top5_average']:.1f}"]) + " |")
+        lines += [
+            "",
+            "Paper: top-5 error 18.2 % of one network, 16.4 % of five, 15.3 % of seven (two pretrained).",
+            "",
+        ]
+    if "figure1" in parts:
+        figure = parts["figure1"]
+        lines += [
+            f"Figure 1: epochs to {figure['target']:.0%} training error (running error of the epoch).",
+            "",
+            "| activation | learning rate | epochs | seeds | never reached |",
+            "|---|--:|--:|--:|--:|",
+        ]
+        for row in figure["rows"]:
+            cells = [
+                row["activation"],
+                row["lr"],
+                said(row["epochs"]),
+                str(row["seeds"]),
+                str(row["not_reached"]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        by_name = {row["activation"]: row for row in figure["rows"]}
+        if {"relu", "tanh"} <= by_name.keys() and by_name["relu"]["epochs"] and by_name["tanh"]["epochs"]:
+            ratio = by_name["tanh"]["epochs"]["mean"] / by_name["relu"]["epochs"]["mean"]
+            lines += ["", f"tanh takes {ratio:.1f} times the epochs of ReLU; the paper says six."]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def curves_figure(runs: list[Job]) -> Figure:
+    """Validation error against epochs: mean over seeds, the seeds' range shaded."""
+    names = list(dict.fromkeys(run.name for run in runs))
+    figure = new_figure(9, 5.5, "Validation error of each switch")
+    axes = figure.subplots()
+    for number, name in enumerate(names):
+        curves = [r.result["top1"] for r in runs if r.name == name and r.result.get("top1")]
+        if not curves:
+            continue
+        style = "-" if number < len(COLORS) else "--"
+        draw(
+            axes,
+            [[100 * (1 - value) for value in c] for c in curves],
+            name,
+            COLORS[number % len(COLORS)],
+            style,
+        )
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("top-1 error, %")
+    axes.grid()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def figure1_figure(result: dict[str, Any]) -> Figure:
+    """The paper's figure 1: training error against epochs."""
+    figure = new_figure(6.5, 4.5, "CIFAR-10, four-layer network")
+    axes = figure.subplots()
+    for number, row in enumerate(result["rows"]):
+        if row["curves"]:
+            name = f"{row['activation']}, rate {row['lr']}"
+            curves = [[100 * error for error in curve] for curve in row["curves"]]
+            draw(axes, curves, name, COLORS[number % len(COLORS)], "-")
+    axes.axhline(100 * result["target"], color="#888888", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("running training error, %")
+    axes.grid()
+    axes.legend()
+    return figure
+
+
+def draw(axes: Any, curves: list[list[float]], name: str, color: str, style: str) -> None:
+    """The mean as far as all seeds go, and the range of what there is."""
+    columns = [list(column) for column in zip(*curves, strict=False)]
+    epochs = range(1, 1 + len(columns))
+    axes.plot(epochs, [statistics.fmean(c) for c in columns], color=color, linestyle=style, label=name)
+    axes.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.12)

@@ -1,0 +1,214 @@
+"""Stages lrn, step and train: the network, alone and fed from shards."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model.alexnet import AlexNet
+from model.lrn import LRN
+from model.parallel.ranks import Ranks
+from model.training import recipe
+from model.training.config import Config
+from model.training.precision import amp_dtype, input_dtype
+from model.training.state import TrainState
+from model.training.step import train_step
+from pipeline.load.plan import Plan
+from pipeline.preprocess import Preprocess
+from tools.bench.core import Bench, Row
+from tools.bench.load import loader
+from tools.bench.reference import import_torchvision
+
+
+def bench_lrn(bench: Bench) -> Iterator[Row]:
+    """Forward and backward of both layers against one read and one write of each tensor they must touch."""
+    dtype = bench.amp or torch.float32
+    for name, shape in (("conv1", (96, 55, 55)), ("conv2", (256, 27, 27))):
+        x = torch.randn(bench.batch, *shape, device=bench.device, dtype=dtype)
+        x = x.to(memory_format=torch.channels_last).relu_().requires_grad_()
+        grad = torch.randn_like(x)
+
+        def run(forward: Callable[[torch.Tensor], torch.Tensor], x: Any = x, grad: Any = grad) -> float:
+            def both() -> None:
+                x.grad = None
+                forward(x).backward(grad)
+
+            return bench.batch / bench.seconds(both)
+
+        # forward reads x and writes y; backward reads x and the gradient and writes the gradient of x
+        source, target = (torch.empty_like(x, requires_grad=False) for _ in range(2))
+
+        def touch(source: Any = source, target: Any = target, x: Any = x) -> float:
+            def both() -> None:
+                with torch.no_grad():
+                    target.copy_(source)
+                    torch.add(source, x, out=target)
+
+            return bench.batch / bench.seconds(both)
+
+        ours, limit, peer = bench.rates(
+            partial(run, LRN()),
+            touch,
+            # in float32, to which autocast brings it: on the CPU it knows no bfloat16
+            partial(run, lambda t: F.local_response_norm(t.float(), 5, 5e-4, 0.75, 2.0).to(t.dtype)),
+        )
+        yield Row(
+            "lrn", f"after {name}, forward + backward", "images/s",
+            ours, limit, "each tensor read or written once", peer, "torch's local_response_norm",
+        )  # fmt: skip
+
+
+def started(ranks: Ranks, batch: int, **options: Any) -> TrainState:
+    """A training of the paper's network on a thousand classes that is ready for `train_step`.
+
+    Args:
+        ranks: this process's place; batch: the global batch; options: fields of Config.
+    """
+    config = Config(global_batch=batch, **options)
+    config.fill(images := 1_281_167)
+    nothing = np.zeros((256, 256, 3), np.float32)
+    preprocess = Preprocess(256, config.crop, "none", nothing, np.zeros((3, 3), np.float32))
+    classes: list[dict[str, str | None]] = [{"wnid": str(label), "name": None} for label in range(1000)]
+    state = TrainState(config, ranks, Plan(images, batch, crop=config.crop), classes, preprocess)
+    state.start()
+    return state
+
+
+def step_rate(bench: Bench, step: Callable[[], None]) -> float:
+    return bench.batch / bench.seconds(step, least=3.0)
+
+
+class PeerStep:
+    """Another network's step with what ours has: channels-last, autocast, fused SGD."""
+
+    def __init__(self, bench: Bench, network: torch.nn.Module) -> None:
+        self.bench, self.amp = bench, bench.amp
+        self.network = network.to(bench.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = recipe.build_optimizer(self.network)
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.bench.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+            loss = F.cross_entropy(self.network(images).float(), labels)
+        loss.backward()
+        self.optimizer.step()
+
+
+def held_batch(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(batch, 3, 224, 224, device=device) * 60
+    images = images.to(input_dtype(amp_dtype("auto", device), device))
+    labels = torch.randint(0, 1000, (batch,), device=device)
+    return images.to(memory_format=torch.channels_last), labels
+
+
+def flops(network: torch.nn.Module, images: torch.Tensor) -> float:
+    """Of forward and backward an image: multiplications and additions of convolutions and matrix products.
+
+    Backward takes twice the forward's, for the gradients of weights and inputs; the first layer needs no latter.
+    """
+    counts: list[int] = []
+
+    def count(layer: Any, _inputs: Any, out: torch.Tensor) -> None:
+        counts.append(2 * out[0].numel() * layer.weight[0].numel())
+
+    layers = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    with torch.no_grad():
+        network(images[:1])
+    for hook in hooks:
+        hook.remove()
+    return 3 * sum(counts) - counts[0]
+
+
+def gemm_rate(bench: Bench, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matrix product."""
+    n = 8192 if bench.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
+    return 2 * n**3 / bench.seconds(lambda: a @ b, least=1.0)
+
+
+def reference_rate(device: torch.device, amp: torch.dtype | None, batch: int, least: float) -> float:
+    """torchvision's alexnet, stepped as its references/classification/train.py does, in a process of its own.
+
+    That is: layout, optimiser and memory as torch has them by default; with autocast, which it has for GPUs.
+    """
+    network = import_torchvision().models.alexnet().to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    labels = torch.randint(0, 1000, (batch,), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return batch / Bench(Path(), Path(), device, 1, 1, batch).seconds(step, least)
+
+
+def bench_step(bench: Bench) -> Iterator[Row]:
+    """The paper's step against the matrix-product rate; without LRN; and torchvision's alexnet."""
+    images, labels = held_batch(bench.batch, bench.device)
+    work = flops(AlexNet(), images.float().cpu())
+    ranks = Ranks(gpu=bench.device.type == "cuda")
+    ours, plain = started(ranks, bench.batch), started(ranks, bench.batch, lrn=False)
+    peer = PeerStep(bench, import_torchvision().models.alexnet())
+    dtype = ours.amp or torch.float32
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+
+        def script(least: float = 3) -> float:
+            return pool.submit(reference_rate, bench.device, ours.amp, bench.batch, least).result()
+
+        script(0)  # starts the process
+        mine, without, gemm, theirs, scripts = bench.rates(
+            lambda: step_rate(bench, lambda: train_step(ours, images, labels)),
+            lambda: step_rate(bench, lambda: train_step(plain, images, labels)),
+            lambda: gemm_rate(bench, dtype) / work,
+            lambda: step_rate(bench, lambda: peer(images.float(), labels)),  # as its loader gives them
+            script,
+        )
+    kind = str(dtype).removeprefix("torch.")
+    yield Row(
+        "step", f"paper network, batch {bench.batch}, {kind}", "images/s", mine,
+        gemm, f"{work / 1e9:.2f} GFLOP an image at the {kind} matrix-product rate",
+        scripts, "torchvision alexnet as its script steps it",
+    )  # fmt: skip
+    yield Row(
+        "step", "against torchvision's network in our step", "images/s", mine,
+        peer=theirs, peer_is="torchvision alexnet, channels-last, fused SGD, memory kept",
+    )  # fmt: skip
+    yield Row("step", "with LRN against without", "images/s", mine, without, "the same network without LRN")
+
+
+def bench_train(bench: Bench) -> Iterator[Row]:
+    """Training from shards against training on one batch held in memory."""
+    state = started(Ranks(gpu=bench.device.type == "cuda"), bench.batch)
+    step = partial(train_step, state)
+    images, labels = held_batch(bench.batch, bench.device)
+
+    def shards() -> float:
+        batches = loader(bench, bench.data, 16)
+        for _ in range(4):
+            step(*next(batches))
+        bench.sync()
+        began, done = time.perf_counter(), 0
+        for batch_images, batch_labels in batches:
+            step(batch_images, batch_labels)
+            done += len(batch_labels)
+        bench.sync()
+        rate = done / (time.perf_counter() - began)
+        batches.close()
+        return rate
+
+    ours, limit = bench.rates(shards, lambda: step_rate(bench, lambda: step(images, labels)))
+    yield Row("train", "from shards", "images/s", ours, limit, "one batch held in memory")

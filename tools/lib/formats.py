@@ -1,0 +1,305 @@
+"""A trained network in the formats of other programs: ONNX, safetensors, torchvision. Imports no DALI."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import importlib
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from base.errors import DataError, ModelError
+from model.alexnet import AlexNet
+from model.lrn import LRN
+from model.training import checkpoint
+from pipeline.preprocess import IMAGENET_MEAN, Preprocess
+from pipeline.shards import MANIFEST, Manifest
+from tools.lib.cli import cannot_write
+from tools.lib.runs import Classes, Run
+
+# logits of ONNX Runtime may differ by this share of the largest of torch's: float32 sums in another order
+TOLERANCE = 1e-4
+
+
+def write_file(path: Path, write: Callable[[Path], str]) -> str:
+    """Make a file by way of a temporary one, so that a failure leaves none that looks whole."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        said = write(part)
+        part.replace(path)
+        return said
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def extra(module: str) -> Any:
+    """A module of the extra `export`; raises ModelError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ModelError(f"{module} is not installed: run pip install -e '.[export]'") from None
+
+
+def metadata(run: Run) -> dict[str, str]:
+    """What another program needs besides the weights: see "Exported files" in docs/tools.md."""
+    own = run.preprocess
+    preprocess: dict[str, Any] = {
+        "channels": "RGB",
+        "range": 255,  # levels of 0..255, not 0..1
+        "exif_orientation": "ignored",
+        "square": "central",  # of the side of the short edge
+        "size": own.size,  # to which the square is scaled
+        "shrink": "area",
+        "enlarge": "cubic",
+        "crop": own.crop,
+        "crop_offset": (own.size - own.crop) // 2,  # top and left of the centre crop
+        "mean_mode": own.mean_mode,
+        "channel_mean": own.mean.mean((0, 1), dtype=np.float64).tolist(),
+        "std": [1.0, 1.0, 1.0],
+        "layout": "NCHW",
+        "dtype": "float32",
+    }
+    if own.mean_mode == "pixel":
+        preprocess["mean_pixels"] = base64.b64encode(own.mean.astype("<f4").tobytes()).decode()
+        preprocess["mean_pixels_layout"] = "HWC RGB, size x size x 3, little-endian float32, base64"
+    return {
+        "variant": run.variant,
+        "network": json.dumps(run.network.options),
+        "epoch": str(run.epoch),
+        "classes": json.dumps(run.classes),
+        "preprocess": json.dumps(preprocess),
+        "preprocess_text": describe(own),
+        "outputs": "logits, one for each entry of classes in that order; their softmax is the probabilities",
+    }
+
+
+def describe(preprocess: Preprocess) -> str:
+    """The preprocessing in words, with OpenCV's names for the filters."""
+    size, crop, mode = preprocess.size, preprocess.crop, preprocess.mean_mode
+    offset = (size - crop) // 2
+    means = {
+        "pixel": f"subtract the same {crop} x {crop} window of the mean image (mean_pixels, not its average)",
+        "none": "subtract nothing",
+    }
+    mean = means.get(mode, "subtract channel_mean, one level for each channel")
+    return (
+        "Decode to 8-bit RGB (ignore EXIF orientation, drop alpha); cut out the central square whose side is the "
+        f"short side; resize it to {size} x {size} pixels, with an area filter (cv2.INTER_AREA) if that shrinks it "
+        f"and a bicubic one (cv2.INTER_CUBIC) if it enlarges it, and round to 8 bits; take the centre crop of "
+        f"{crop} x {crop} pixels, rows and columns from {offset}; in float32 and levels of 0..255 {mean}; "
+        f"do not divide; order as (N, 3, {crop}, {crop}), red first."
+    )
+
+
+# --- ONNX ----------------------------------------------------------------------------------------------------
+
+
+class OnnxLRN(nn.Module):
+    """LRN as the operator of ONNX, which divides alpha by size where the paper does not.
+
+    https://onnx.ai/onnx/operators/onnx__LRN.html
+    """
+
+    def __init__(self, lrn: LRN) -> None:
+        super().__init__()
+        self.constants: dict[str, Any] = {
+            "size": lrn.size,
+            "alpha": lrn.alpha * lrn.size,
+            "beta": lrn.beta,
+            "bias": lrn.k,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic("LRN", (x,), self.constants, dtype=x.dtype, shape=x.shape, version=13)
+
+
+def to_onnx(run: Run, path: Path) -> str:
+    """Write an ONNX file with a free batch size, float32, and check it; returns what was found, for the user.
+
+    Raises ModelError where the extra packages are missing, or if ONNX Runtime's logits differ from torch's.
+    """
+    onnx = extra("onnx")
+    extra("onnxscript")
+    runtime = extra("onnxruntime")
+    network = copy.deepcopy(run.network)
+    for name, layer in network.features.named_children():
+        if isinstance(layer, LRN):
+            setattr(network.features, name, OnnxLRN(layer))
+    crop = run.preprocess.crop
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, crop, crop), generator=generator).float() - 128
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about itself: nothing that a user could mend
+        program = torch.onnx.export(
+            network,
+            (images,),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+    assert program is not None  # with dynamo=True
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, metadata(run))
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save(proto, str(path))
+
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for part in (images, images[:1]):
+        with torch.inference_mode():
+            expected = run.network(part).numpy()
+        (found,) = session.run(["logits"], {"images": part.numpy()})
+        worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
+    if not worst <= TOLERANCE:
+        raise ModelError(
+            f"ONNX Runtime's logits differ from torch's by {worst:.1e} of the largest, more than {TOLERANCE:.0e}: "
+            "use the versions of constraints.txt"
+        )
+    return (
+        f"ONNX opset {proto.opset_import[0].version}; logits of ONNX Runtime are within {worst:.1e} of torch's, "
+        f"relative to the largest (at most {TOLERANCE:.0e} is let through)"
+    )
+
+
+# --- state dicts ---------------------------------------------------------------------------------------------
+
+
+def to_safetensors(run: Run, path: Path) -> str:
+    """Write the state dict under its own names (https://huggingface.co/docs/safetensors)."""
+    safetensors = extra("safetensors.torch")
+    state = {name: tensor.contiguous() for name, tensor in run.network.state_dict().items()}
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.save_file(state, str(path), metadata=metadata(run))
+    path.chmod(mode)  # theirs would be readable to nobody else
+    return f"{len(state)} tensors, {sum(t.numel() for t in state.values()):,} numbers"
+
+
+def to_torchvision(run: Run, path: Path) -> str:
+    """Write the unchanged weights as torchvision names them: equal inputs give equal logits."""
+    if run.variant != "owt":
+        raise ModelError(
+            f"torchvision's alexnet is the variant owt, {run.path} is {run.variant}: train with --variant owt"
+        )
+    if run.network.options:
+        switched = ", ".join(f"{name} {value}" for name, value in run.network.options.items())
+        raise ModelError(f"torchvision's alexnet has no options, {run.path} was trained with {switched}")
+    torch.save({name: tensor.contiguous() for name, tensor in run.network.state_dict().items()}, path)
+    levels = run.preprocess.mean.mean((0, 1), dtype=np.float64)
+    mean = ", ".join(f"{level / 255:.6f}" for level in levels)
+    inputs = f"transforms.Normalize([{mean}], [1 / 255] * 3) after ToTensor"
+    if run.preprocess.mean_mode == "pixel":
+        inputs = f"255 * ToTensor minus the mean image, or nearly the same {inputs}"
+    return f"for models.alexnet(num_classes={len(run.classes)}); its inputs are {inputs}"
+
+
+WRITERS: dict[str, Callable[[Run, Path], str]] = {
+    "onnx": to_onnx,
+    "safetensors": to_safetensors,
+    "torchvision": to_torchvision,
+}
+
+
+def from_torchvision(
+    source: Path,
+    out: Path,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    data: Path | None = None,
+    names: Path | None = None,
+) -> str:
+    """Make the checkpoint `out` of a state dict of torchvision's alexnet.
+
+    Such networks take (pixel - mean) / std of pixels in 0..1. The division becomes part of conv1's weights,
+    which is exact at the padded borders too, and the mean the checkpoint's channel mean. Classes are those of
+    `data`, of the lines of `names`, or numbers. Raises ModelError if `source` is something else, DataError if the
+    classes do not fit.
+    """
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ModelError(f"cannot read {source}: {error.strerror}") from None
+    except Exception:  # torch raises many kinds, with pages of advice
+        raise ModelError(f"{source} is no state dict that torch can load without running its code") from None
+    try:
+        outputs = len(state["classifier.6.bias"])
+        network = AlexNet(outputs, "owt")
+        network.load_state_dict(state)
+    except (KeyError, IndexError, RuntimeError, TypeError, AttributeError, ModelError):
+        raise ModelError(f"{source} is not a state dict of torchvision's alexnet") from None
+    size, basis = 256, np.zeros((3, 3))  # the colour shift serves training only
+    if data:
+        split = next((s for s in ("train", "val") if (data / s / MANIFEST).exists()), "train")
+        manifest = Manifest.load(data / split)
+        size, classes = manifest.size, manifest.classes
+        basis = 255 * np.array(manifest.pca_eigenvectors) * np.array(manifest.pca_eigenvalues)
+    else:
+        classes = _read_classes(names) if names else _numbered_classes(outputs)
+    if outputs != len(classes):
+        raise DataError(
+            f"{source} has {outputs} outputs, {data or names} {len(classes)} classes: give the --data or --names "
+            "that it was trained on, or neither"
+        )
+    with torch.no_grad():
+        first = next(network.features.parameters())
+        first.copy_(first.double() / (255 * torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1))
+    levels = np.tile(255 * np.array(mean, np.float32), (size, size, 1))
+    # training on from these weights takes the mean of this name
+    mode = "imagenet" if mean == IMAGENET_MEAN else "channel"
+    preprocess = Preprocess(size, network.image_size, mode, levels, basis.astype(np.float32))
+    # as train.py's, without what only training needs: nothing to --resume
+    saved = {
+        "model": network.state_dict(),
+        "optimizer": {},
+        "schedule": {},
+        "scaler": {},
+        "epoch": 0,
+        "step": 0,
+        "best": -1.0,
+        "seed": 0,
+        "variant": "owt",
+        "identity": {},
+        "classes": classes,
+        "preprocess": preprocess.state_dict(),
+    }
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from None
+    checkpoint.save(out, saved)
+    return f"wrote {out}: owt, {len(classes)} classes, inputs minus 255 * {mean}, conv1 / (255 * {std})"
+
+
+def _read_classes(path: Path) -> Classes:
+    """The classes of a file of `wnid name` lines, in sorted order of the wnids."""
+    lines = path.read_text("utf-8-sig", "surrogateescape").splitlines()
+    entries = (line.strip().replace("\t", " ").partition(" ") for line in lines if line.strip())
+    return [{"wnid": wnid, "name": name.strip() or None} for wnid, _, name in sorted(entries)]
+
+
+def _numbered_classes(count: int) -> Classes:
+    """Labels as wnids; ImageNet's names come with torchvision, if it is installed."""
+    names: list[str] = []
+    if count == 1000:
+        try:
+            from torchvision.models import AlexNet_Weights
+
+            names = list(AlexNet_Weights.DEFAULT.meta["categories"])
+        except (ImportError, RuntimeError):  # RuntimeError: of a build for another torch
+            pass
+    return [{"wnid": str(i), "name": names[i] if len(names) == count else None} for i in range(count)]
