@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import tree
 
+import pipeline.build.split
 from base.errors import DataError
 from pipeline.build.listing import RawReader
 from pipeline.build.sources import Source, find_splits, open_source, split_source
@@ -432,20 +433,17 @@ def test_a_devkit_that_unfolds_without_end_is_refused(tmp_path: Path) -> None:
             open_source(flat, "val", devkit=path)
 
 
-def test_a_planted_note_deletes_nothing(tmp_path: Path) -> None:
+def test_a_planted_note_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = _write(tmp_path / "photos", _train())
     source = open_source(root, "train")
     out = tmp_path / "out"
 
-    class Killed(Exception):
-        pass
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    def stop(done: int, total: int) -> None:
-        if done == total:
-            raise Killed
-
-    with pytest.raises(Killed):
-        build_split(source, out, Options(32), workers=1, progress=stop)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline.build.split, "_write_manifest", killed)
+        build_split(source, out, Options(32), workers=1)
     expected = build_split(source, tmp_path / "whole", Options(32), workers=1)
     victim = _write(tmp_path / "victim", {"thesis.tex": b"x"})
     (note,) = (out / "train.partial/work").glob("*.npz")
