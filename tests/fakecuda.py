@@ -260,7 +260,7 @@ def fake_gpu(guard: ctypes.CDLL) -> Iterator[_Recorder]:
         "torch.Tensor.pin_memory": pinned,
         "torch.Tensor.tolist": read,
         "torch.Tensor.new_tensor": new_tensor,
-        "torch._C._select_conv_backend": lambda *_, **__: torch._C._ConvBackend.Cudnn,
+        "torch._C._select_conv_backend": lambda *_, **__: torch._C._ConvBackend.Cudnn,  # type: ignore[attr-defined]
         "torch._C._conv_determine_backend_memory_format": memory_format,
         "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
         "torch.cuda.get_device_name": lambda *_: "a card that is not there",
