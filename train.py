@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from base.errors import DataError, ModelError
-from base.files import lock
+from base.files import lock, make_directory
 from base.machine import cpu_threads
 from model.training.config import Config, checkpoint_exists, command
 from pipeline.shards import ShardReader
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
         ranks = gpus or config.cpu_ranks
     config.check_ranks(ranks, gpus)
     with writing(config.folder):
-        config.folder.mkdir(parents=True, exist_ok=True)
+        make_directory(config.folder)
     first = os.environ.get("RANK", "0") == "0"  # under torchrun every rank gets here
     if first and not config.resume:
         click.echo(chosen)

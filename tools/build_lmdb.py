@@ -158,7 +158,7 @@ def main(
         if split is None:
             if not labels:
                 refuse_splits_as_classes(source, splits)
-            folder, more = not_read(splits, [path for path in (out, labels, devkit, names) if path])
+            folder, more = not_read(source, splits, [path for path in (out, labels, devkit, names) if path])
             if more:
                 some = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
                 click.echo(f"{folder} holds {some} beside {' and '.join(splits)}: not read", err=True)

@@ -200,7 +200,8 @@ class Listing:
         self.folders -= set(empty)
         self.rejected += [(f"{folder}/", "a folder without images") for folder in empty]
         if empty:
-            self.files = [file for file in self.files if file.name.partition("/")[0] in self.folders]
+            gone = set(empty)
+            self.files = [f for f in self.files if "/" not in f.name or f.name.partition("/")[0] not in gone]
         return empty
 
     def add(self, image: RawImage) -> None:

@@ -142,14 +142,14 @@ def refuse_splits_as_classes(source: Path, splits: dict[str, Path]) -> None:
         )
 
 
-def not_read(splits: dict[str, Path], known: Sequence[Path]) -> tuple[Path, list[str]]:
+def not_read(source: Path, splits: dict[str, Path], known: Sequence[Path]) -> tuple[Path, list[str]]:
     """(folder, names of folders beside the train/ and val/ in it, which may have been meant).
 
     Not the devkit, nor those on the way to `known` paths.
     """
     folder = next(iter(splits.values())).parent
     read = {path.name for name, path in splits.items() if path.parent == folder and path.name == name}
-    if not read:
+    if not read or not folder.is_relative_to(source):
         return folder, []
     read.add(DEVKIT)
     read |= {parent.name for path in known for parent in (path.resolve(), *path.resolve().parents)}

@@ -340,8 +340,9 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
             shutil.rmtree(leftover)
     statistics = Statistics(options.size)
     rejected, warned = [], []
-    reader, decoder = RawReader(job.source), DecoderWarnings()
+    reader = RawReader(job.source)
     writer = ShardWriter(unfinished, options.size, encoded=options.encoding != "raw")
+    decoder = DecoderWarnings()
     try:
         for position, image in enumerate(job.images):
             report(position)
