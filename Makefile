@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python tools/demo.py $(if $(DATA),'$(DATA)')
 
-# every function, in this process: about three minutes on two cores
+# every function, mostly in this process: a few minutes on two cores
 test: install
 	$(BIN)/python -m pytest -q -m 'not slow'
 

@@ -74,6 +74,8 @@ def main(config: Config) -> None:
     first = os.environ.get("RANK", "0") == "0"  # under torchrun every rank gets here
     if first and not config.resume:
         click.echo(chosen)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     taken = f"another train.py writes to {config.folder}: wait for it, or give another --out"
     with lock(config.folder / ".lock", taken) if first else nullcontext():
         launch(train, config, ranks, gpu=gpus > 0)
@@ -143,7 +145,7 @@ def train(ranks: Ranks, config: Config) -> None:
     assert config.mean and config.global_batch
 
     # ---- data
-    train_set, val_set = ShardReader(config.data / "train"), ShardReader(config.data / "val")
+    train_set, val_set = (ShardReader(config.data / split, config.checksums) for split in ("train", "val"))
     preprocess = Preprocess.load(config.data / "train", config.crop, config.mean)
     plan = Plan(
         count=len(train_set),
@@ -157,7 +159,8 @@ def train(ranks: Ranks, config: Config) -> None:
 
     # ---- network, optimiser, schedule; an earlier run's checkpoint
     if ranks.gpu:
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not config.deterministic  # chooses algorithms by time
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.set_float32_matmul_precision("high")
     manifest = train_set.manifest
     weights = load_weights(config.weights) if config.weights and not config.resume else None

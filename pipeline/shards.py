@@ -24,7 +24,7 @@ import resource
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -110,6 +110,8 @@ class Manifest:
     pca_eigenvectors: list[list[float]]
     mean_sha256: str  # of mean.npy
     fingerprint: str  # of the source list and the options of the build: the same means "nothing to redo"
+    # {"source", "reason"} of accepted images that the decoder found damage in; not in the file where there are none
+    warned: list[dict[str, str]] = field(default_factory=list)
 
     @staticmethod
     def load(split_dir: str | Path) -> Manifest:
@@ -129,7 +131,8 @@ class Manifest:
                 raise DataError(
                     f"{path} has format {version}, this program reads format {FORMAT_VERSION}: build it again"
                 )
-            manifest = Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+            optional: dict[str, Any] = {"warned": []}
+            manifest = Manifest(**{f.name: (optional | values)[f.name] for f in fields(Manifest)})
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(damaged) from None
         # Comparing whole files also finds a flip in white space or in the checksum itself.
@@ -162,6 +165,8 @@ class Manifest:
             ),
             "rejected": isinstance(self.rejected, list)
             and all(_keys(entry, source=str, reason=str) for entry in self.rejected),
+            "warned": isinstance(self.warned, list)
+            and all(_keys(entry, source=str, reason=str) for entry in self.warned),
             "channel_mean": _numbers(self.channel_mean, 0, 255),
             "pca_eigenvalues": _numbers(self.pca_eigenvalues, 0, 1),
             "pca_eigenvectors": isinstance(self.pca_eigenvectors, list)
@@ -214,6 +219,8 @@ class Manifest:
 
     def _serialise(self) -> bytes:
         values = asdict(self)
+        if not values["warned"]:
+            del values["warned"]
         body = json.dumps(values, sort_keys=True).encode()
         values["manifest_sha256"] = hashlib.sha256(body).hexdigest()
         return (json.dumps(values, sort_keys=True, indent=1) + "\n").encode()

@@ -40,6 +40,7 @@ def class_folders(photos: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     rng = np.random.default_rng(12)
     for name in CLASSES:
         photo = cv2.imread(str(photos[name]))
+        assert photo is not None
         for split, count in (("train", TRAIN_TILES), ("val", VAL_TILES)):
             folder = source / split / name
             folder.mkdir(parents=True)

@@ -54,6 +54,7 @@ def make_run(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         last = network.classifier[-1].weight
+        assert isinstance(last, torch.Tensor)
         last.copy_(torch.randn(last.shape, generator=generator))
         noise = 80 * torch.randn(8, 3, crop, crop, generator=generator)
         last.mul_(2 / network.eval()(noise).std())

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,8 +15,17 @@ from tqdm import tqdm
 
 from base.errors import DataError
 from pipeline.build.cifar import is_archive, unpacked
-from pipeline.build.sources import find_splits, not_read, open_source, refuse_splits_as_classes
-from pipeline.build.split import MAX_IMAGES_PER_SHARD, Options, Summary, build_split, refuse_taken
+from pipeline.build.sources import (
+    Source,
+    find_splits,
+    missing_classes,
+    not_read,
+    open_source,
+    refuse_splits_as_classes,
+    split_source,
+)
+from pipeline.build.split import MAX_IMAGES_PER_SHARD, Options, Summary, build_split
+from pipeline.build.workspace import refuse_taken
 from pipeline.shards import ENCODINGS, MANIFEST, Manifest
 
 DEFAULT_QUALITY = 90
@@ -71,6 +81,15 @@ SHOWN_REASONS = 5
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the shuffle."
 )
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Part of each class, such as 0.2, that becomes OUT/val, where SOURCE has no validation images."
+    "  --seed chooses which.",
+)
+@click.option(
+    "--strict", is_flag=True, help="Reject JPEGs that decode with warnings; otherwise they are listed only."
+)
 @click.option("--resume", is_flag=True, help="Continue an interrupted build; give the same options.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new data set is complete.")
 def main(
@@ -87,6 +106,8 @@ def main(
     size: int,
     images_per_shard: int | None,
     seed: int,
+    val_fraction: float | None,
+    strict: bool,
     resume: bool,
     overwrite: bool,
 ) -> None:
@@ -96,21 +117,23 @@ def main(
 
     \b
       a folder of class folders          SOURCE/<wnid>/**/*.JPEG (JPEG, PNG, GIF, BMP or WebP)
+      Kaggle's ImageNet                  the folder that holds ILSVRC/
       a folder with train/ and val/      each a folder of class folders, or flat with --labels or --devkit
       the official tars, never unpacked  ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (with the devkit)
       a folder that holds those tars
+      a folder of parquet files or WebDataset tars, as from Hugging Face; train and val by their names
       cifar-10-python.tar.gz, cifar-10-binary.tar.gz   with --size 32, and --encoding png or raw for no loss
 
     Images become squares of --size pixels: short side scaled, centre cut out. EXIF orientation is ignored. What
     cannot be decoded is left out and listed in the manifest with the reason. The same source, options and seed
-    give the same bytes for any number of workers.
+    give the same bytes for any number of workers. docs/data.md has all forms of SOURCE and what to type for each.
     """
     if resume and overwrite:
         raise click.UsageError("--resume continues a build and --overwrite starts afresh: give one of them")
     if quality is not None and encoding != "jpeg":
         raise click.UsageError(f"--quality is for JPEGs, but --encoding is {encoding}")
     quality = (quality or DEFAULT_QUALITY) if encoding == "jpeg" else None
-    options = Options(size, encoding, quality, images_per_shard, seed)
+    options = Options(size, encoding, quality, images_per_shard, seed, strict)
     if scheduler is not None:
         if workers:
             raise click.UsageError("--workers is for this machine, --scheduler has workers of its own")
@@ -124,31 +147,27 @@ def main(
         if is_archive(source):
             click.echo(f"unpacking {source}", err=True)
             source = click.get_current_context().with_resource(unpacked(source, out))
+        if source.is_dir() and source.resolve() == out.resolve():
+            raise DataError(f"{out} is the folder of the images: name another OUT")
         splits = find_splits(source, split)
         if labels and len(splits) > 1:
             raise click.UsageError("--labels is for one split: give --split train or --split val as well")
+        if val_fraction is not None and (split or list(splits) != ["train"]):
+            why = f"--split {split} is given" if split else f"{source} holds {' and '.join(splits)}"
+            raise click.UsageError(f"--val-fraction divides training images, but {why}: leave it out")
         if split is None:
             if not labels:
                 refuse_splits_as_classes(source, splits)
-            if more := not_read(source, splits, [path for path in (out, labels, devkit, names) if path]):
+            folder, more = not_read(source, splits, [path for path in (out, labels, devkit, names) if path])
+            if more:
                 some = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
-                click.echo(f"{source} holds {some} beside {' and '.join(splits)}: not read", err=True)
+                click.echo(f"{folder} holds {some} beside {' and '.join(splits)}: not read", err=True)
         # all of them, before hours go into the first; with --resume each is looked at in its turn
-        for name in () if resume else splits:
+        for name in () if resume else (*splits, *(["val"] if val_fraction else [])):
             refuse_taken(out / name, resume=False, overwrite=overwrite)
         make_pool = click.get_current_context().with_resource(_pools(scheduler, source, out))
-        for name, path in splits.items():
-            with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:
-                images = open_source(
-                    path,
-                    name,
-                    labels=labels,
-                    devkit=devkit,
-                    names=names,
-                    train_wnids=_train_wnids(out) if name == "val" else None,
-                    tick=lambda _: bar.update(),
-                )
-            with tqdm(desc=name, total=len(images.images), unit=" images", smoothing=0.1) as bar:
+        for images in _listed(splits, out, labels, devkit, names, val_fraction, seed):
+            with tqdm(desc=images.split, total=len(images.images), unit=" images", smoothing=0.1) as bar:
                 summary = build_split(
                     images,
                     out,
@@ -160,14 +179,62 @@ def main(
                     make_pool=make_pool,
                 )
             _report(summary)
+            splits[images.split] = images.path
         missing = {"train": "val", "val": "train"}.get("".join(splits))
         if missing and not (out / missing / MANIFEST).exists():
             click.echo(
                 f"train.py needs {out / missing} too: build it from other images with --split {missing}"
+                + (
+                    ", or from a part of these with --val-fraction 0.2 --overwrite"
+                    if missing == "val"
+                    else ""
+                )
             )
     except KeyboardInterrupt:
         click.echo("\nInterrupted: continue with --resume.", err=True)
         sys.exit(130)
+
+
+def _listed(
+    splits: dict[str, Path],
+    out: Path,
+    labels: Path | None,
+    devkit: Path | None,
+    names: Path | None,
+    val_fraction: float | None,
+    seed: int,
+) -> list[Source]:
+    """All splits, listed and compared before hours go into the first."""
+    sources: list[Source] = []
+    for name, path in splits.items():
+        wnids = (sources[0].wnids if sources else _train_wnids(out)) if name == "val" else None
+        with tqdm(desc=f"{name}: listing", unit=" files", leave=False) as bar:
+            source = open_source(
+                path,
+                name,
+                labels=labels,
+                devkit=devkit,
+                names=names,
+                train_wnids=wnids,
+                exclude=[out],
+                tick=partial(_count, bar),
+            )
+        for note in source.notes:
+            click.echo(note, err=True)
+        if wnids and (missing := missing_classes(source)):
+            click.echo(f"{path} has no images of {_some(missing)}, which the training set has", err=True)
+        sources.append(source)
+    if val_fraction is not None:
+        sources = list(split_source(sources[0], val_fraction, seed))
+    return sources
+
+
+def _count(bar: Any, found: int) -> None:
+    bar.update(found - bar.n)
+
+
+def _some(classes: list[str]) -> str:
+    return ", ".join(classes[:5]) + (f" and {len(classes) - 5} more classes" if len(classes) > 5 else "")
 
 
 def _check_address(scheduler: str) -> None:
@@ -232,6 +299,15 @@ def _report(summary: Summary) -> None:
         click.echo(f"  rejected {entry['source']!r}: {entry['reason']}")
     if rejected > SHOWN_REASONS:
         click.echo(f"  and {rejected - SHOWN_REASONS:,} more, all in {summary.split_dir / MANIFEST}")
+    if summary.warned:
+        click.echo(
+            f"  {len(summary.warned):,} accepted with warnings, so perhaps damaged (--strict rejects them), all in "
+            f"{summary.split_dir / MANIFEST}; {summary.warned[0]['source']!r}: {summary.warned[0]['reason']}"
+        )
+    if summary.empty_classes:
+        click.echo(f"  no image was accepted of {_some(summary.empty_classes)}")
+    if summary.classes == 1:
+        click.echo("  there is one class only: is SOURCE the folder that holds the class folders?")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -64,26 +63,28 @@ def cut_tiles(out: Path, seed: int = 0) -> None:
                 cv2.imwrite(str(folder / f"{i:04d}.jpg"), tile, [cv2.IMWRITE_JPEG_QUALITY, 95])
 
 
-def split_folders(source: Path, out: Path) -> None:
-    """A user's class folders, at most MOST_IMAGES of them, every fifth image for validation (links, no copies)."""
+def thin_folders(source: Path, out: Path) -> Path:
+    """A user's class folders; where they hold more than MOST_IMAGES, links to some of each class in `out`."""
     classes = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         raise DataError(
             f"{source} has {len(classes)} class folders: put the photographs of each class in its own"
         )
-    most = max(10, MOST_IMAGES // len(classes))
-    for folder in classes:
-        images = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-        if len(images) < 5:
-            raise DataError(f"the class folder {folder} has {len(images)} images: at least 5 are needed")
-        keep = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)
-        for i, index in enumerate(keep):
-            target = out / ("val" if i % 5 == 4 else "train") / folder.name / images[index].name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(images[index], target)
-            except OSError:  # another file system
-                shutil.copyfile(images[index], target)
+    images = {
+        folder: sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        for folder in classes
+    }
+    total, most = sum(map(len, images.values())), max(10, MOST_IMAGES // len(classes))
+    if total <= MOST_IMAGES:
+        return source
+    for folder, files in images.items():
+        (out / folder.name).mkdir(parents=True)
+        for index in np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int):
+            (out / folder.name / files[index].name).symlink_to(files[index].resolve())
+    print(
+        f"   {total:,} images are too many for a demo: at most {most} of each class are used, evenly spaced"
+    )
+    return out
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -105,17 +106,18 @@ def main(photographs: Path | None, out: Path, train_images: int) -> None:
     raw.mkdir(parents=True)
     (out / ".demo").touch()
 
+    fraction: tuple[object, ...] = ()
     if photographs is None:
         print(f"1. Cutting tiles from {len(PHOTOGRAPHS)} photographs into {raw}/train and {raw}/val")
         cut_tiles(raw)
     elif (photographs / "train").is_dir() and (photographs / "val").is_dir():
         raw = photographs
     else:
-        print(f"1. Splitting {photographs} into {raw}/train and {raw}/val, at most {MOST_IMAGES:,} images")
-        split_folders(photographs, raw)
+        print(f"1. Taking the photographs of {photographs}, a fifth of each class for validation")
+        raw, fraction = thin_folders(photographs, raw), ("--val-fraction", 0.2)
 
     print("2. Building the shards")
-    call("tools/build_lmdb.py", raw, data)
+    call("tools/build_lmdb.py", raw, data, *fraction)
     from pipeline.shards import Manifest
 
     count = Manifest.load(data / "train").count

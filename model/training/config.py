@@ -216,8 +216,8 @@ class Config:
     )
     cpu_ranks: int = opt("Speed", "Processes on the CPU (with --gpus 0).", 1, type=COUNT, resumable=True)
     layout: str = opt(
-        "Speed", "How the network is split across ranks.", "data", type=click.Choice(["data", "hybrid", "towers"]),
-        resumable=True,
+        "Speed", "How the network is split across ranks; auto: hybrid where that sends less than data.", "auto",
+        type=click.Choice(["auto", "data", "hybrid", "towers"]), resumable=True,
     )  # fmt: skip
     compress: bool = opt(
         "Speed", "Average gradients as bfloat16: half the bytes.", False, flag="--compress/--no-compress",
@@ -233,6 +233,14 @@ class Config:
     compiled: bool = opt(
         "Speed", "torch.compile the network.", False, flag="--compile/--no-compile", resumable=True
     )
+    deterministic: bool = opt(
+        "Speed", "On a GPU, the same bits for every run: slower.", False, flag="--deterministic/--no-deterministic",
+        resumable=True,
+    )  # fmt: skip
+    checksums: bool = opt(
+        "Speed", "Compare every record that is read with its checksum.", True, flag="--checksums/--no-checksums",
+        resumable=True,
+    )  # fmt: skip
     workers: int = opt(
         "Speed", "Processes a rank that read shards; 0: none.", 1, type=click.IntRange(0), resumable=True
     )
@@ -378,6 +386,8 @@ class Config:
                 f"--global-batch {self.global_batch} does not divide into {ranks} ranks "
                 f"x --accumulate {self.accumulate}"
             )
+        if self.compiled and self.layout == "auto":
+            self.layout = "data"
         if self.layout != "data" and self.compiled:
             raise click.UsageError("--compile goes with --layout data")
         if self.compress and ranks == 1:

@@ -11,13 +11,15 @@ import io
 import operator
 import os
 import pickle
+import pickletools
 import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from pipeline.build.images import encode
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE  # an image: all red, then all green, then all blue values
 MAX_BYTES = 1 << 29  # of an unpacked archive; the official ones have 186 million
+MAX_MEMO = 1 << 20  # values that a pickle refers back to; the official ones have 20 thousand
 UNPACKED = ".unpacked"  # in OUT, while a build is at work
 
 Batch = tuple[str, np.ndarray, list[int]]  # split, (N, 3072) uint8, N labels below the number of classes
@@ -167,10 +170,46 @@ def _from_binary(content: bytes) -> tuple[np.ndarray, list[int]]:
 
 def _from_pickle(content: bytes) -> tuple[np.ndarray, list[int]]:
     batch = _plain(content)
-    pixels = batch["data"]
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (PIXELS,):
+    if not isinstance(batch["data"], _Array):
         raise ValueError(f"images that are not rows of {PIXELS} bytes")
-    return pixels, [operator.index(label) for label in batch["labels"]]
+    return batch["data"].pixels(), [operator.index(label) for label in batch["labels"]]
+
+
+# --- the python version: a pickle, of which only plain values and the bytes of arrays are taken -------------------
+
+
+@dataclass
+class _Array:
+    """Stands for numpy.ndarray: what an unpickler may do to it is to hand over a state, which is checked."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def pixels(self) -> np.ndarray:
+        """The array; ValueError unless it is one of rows of bytes, as many as its shape says."""
+        _, shape, dtype, fortran, content = self.state
+        if not isinstance(dtype, _Type) or not dtype.is_bytes or not isinstance(content, bytes):
+            raise ValueError(f"images that are not rows of {PIXELS} bytes")
+        rows, columns = shape
+        if columns != PIXELS or not isinstance(rows, int) or rows * PIXELS != len(content):
+            raise ValueError(f"images that are not rows of {PIXELS} bytes")
+        return np.frombuffer(content, np.uint8).reshape(rows, PIXELS, order="F" if fortran else "C")
+
+
+class _Type:
+    """Stands for numpy.dtype."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.is_bytes = code in ("u1", b"u1")
+
+    def __setstate__(self, state: Any) -> None:
+        """The byte order, which bytes do not have."""
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -181,27 +220,28 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 class _Plain(pickle.Unpickler):
-    """Unpickles arrays of numbers and nothing that could run code."""
+    """Unpickles plain values; none of NumPy's own classes, whose `__setstate__` trusts what it is given."""
 
-    ALLOWED = frozenset(
-        [("numpy", "ndarray"), ("numpy", "dtype")]
-        + [
-            (f"numpy.{core}.multiarray", name)  # NumPy 1's name, and NumPy 2's
-            for core in ("core", "_core")
-            for name in ("_reconstruct", "scalar")
-        ]
-    )
+    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Type,
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("_codecs", "encode"): _latin1,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1
         if (module, name) in self.ALLOWED:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+            return self.ALLOWED[module, name]
         raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
 
 
 def _plain(content: bytes) -> dict[str, Any]:
     """A dictionary with text keys, whether Python 2 wrote it or 3."""
+    for opcode, argument, _ in pickletools.genops(content):
+        # the unpickler makes room for as many entries as the largest index says
+        if opcode.name.endswith("PUT") and int(argument or 0) > MAX_MEMO:
+            raise pickle.UnpicklingError(f"the index {argument} has no place in it")
     read = _Plain(io.BytesIO(content), encoding="bytes").load()
 
     def text(value: Any) -> Any:

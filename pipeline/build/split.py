@@ -7,8 +7,6 @@ one rename.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -16,7 +14,6 @@ import math
 import os
 import shutil
 import time
-import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -26,12 +23,28 @@ from typing import Any
 import cv2
 import lmdb
 import numpy as np
+import PIL
 
 from base.errors import DataError
 from base.files import fsync_directory, write_atomic
-from pipeline.build.images import RejectedError, Statistics, encode_bgr, kernels, prepare_bgr
-from pipeline.build.sources import RawImage, RawReader, Source
+from pipeline.build.headers import RejectedError
+from pipeline.build.images import DecoderWarnings, encode_bgr, kernels, prepare_bgr
+from pipeline.build.listing import RawImage, RawReader
+from pipeline.build.sources import Source, missing_classes
+from pipeline.build.statistics import Statistics
 from pipeline.build.workers import SECONDS_AN_ITEM, Crashed, Report, WorkerPool
+from pipeline.build.workspace import (
+    claim,
+    disk_error,
+    final_of,
+    lock_folder,
+    partial_of,
+    refuse_foreign,
+    remove_replaced,
+    remove_unfinished,
+    replaced_of,
+    started_of,
+)
 from pipeline.shards import (
     DATABASE,
     FORMAT_VERSION,
@@ -39,7 +52,6 @@ from pipeline.shards import (
     MEAN,
     Manifest,
     ShardWriter,
-    foreign,
     pca_of_moments,
     shard_name,
 )
@@ -59,6 +71,7 @@ class Options:
     quality: int | None = 90
     images_per_shard: int | None = None  # None: chosen from the number of images
     seed: int = 0
+    strict: bool = False  # reject what the decoder warns about
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Summary:
     classes: int
     accepted: int
     rejected: list[dict[str, str]]
+    warned: list[dict[str, str]]  # accepted, though the decoder found damage
+    empty_classes: list[str]  # no image of theirs was accepted
     resumed: int  # images in shards that an earlier, interrupted run had finished
     seconds: float
 
@@ -105,8 +120,8 @@ def build_split(
     user can put right, a full disk included; after it, or a kill, `resume` goes on.
     """
     started = time.monotonic()
-    final = out / source.split
-    partial = _partial(final)
+    final = final_of(out, source.split)
+    partial = partial_of(final)
     plan = _plan(source, options)
     fingerprint = _fingerprint(source, options, plan)
     total = len(source.images)
@@ -114,51 +129,67 @@ def build_split(
         if resume and not partial.exists() and (final / MANIFEST).exists():
             manifest = Manifest.load(final)
             if manifest.fingerprint == fingerprint:
-                _remove_replaced(final)  # if it was killed before that
-                return _summary(final, manifest, total, started)
+                remove_replaced(final)  # if it was killed before that
+                return _summary(source, out, manifest, total, started)
             raise DataError(
                 f"{final} was built from other images or with other options: replace it with --overwrite"
             )
-        lock, token = _claim(final, partial, fingerprint, lambda: _stamp(source), resume, overwrite)
+        lock, token = claim(final, partial, fingerprint, lambda: _stamp(source), resume, overwrite)
         try:
             resumed = 0
             if not (partial / MANIFEST).exists():
                 resumed = _write_shards(source, partial, token, options, plan, workers, progress, make_pool)
                 _write_manifest(source, partial, token, options, plan, fingerprint)
-            _remove_unfinished(partial, all_of_it=True)  # nothing strange is to be published
+            remove_unfinished(partial, all_of_it=True)  # nothing strange is to be published
             manifest = _publish(partial, final)
         finally:
-            _remove_unfinished(partial)
+            remove_unfinished(partial)
             os.close(lock)
     except OSError as error:
-        raise _disk_error(error, out) from None
-    return _summary(final, manifest, resumed, started)
+        raise disk_error(error, out) from None
+    return _summary(source, out, manifest, resumed, started)
 
 
-def _summary(final: Path, manifest: Manifest, resumed: int, started: float) -> Summary:
-    seconds = time.monotonic() - started
-    return Summary(final, len(manifest.classes), manifest.count, manifest.rejected, resumed, seconds)
+def _summary(source: Source, out: Path, manifest: Manifest, resumed: int, started: float) -> Summary:
+    return Summary(
+        out / source.split,
+        len(manifest.classes),
+        manifest.count,
+        manifest.rejected,
+        manifest.warned,
+        missing_classes(source, {entry["source"] for entry in manifest.rejected}),
+        resumed,
+        time.monotonic() - started,
+    )
 
 
 def _plan(source: Source, options: Options) -> list[list[int]]:
     """Which images go into which shard: a seeded shuffle, cut into pieces of (nearly) one length."""
     count = len(source.images)
+    # A row group of a parquet file is read as a whole: they are shuffled, and what lies in one stays together.
+    groups: dict[tuple[str, int], list[int]] = {}
+    for index, image in enumerate(source.images):
+        in_rows = image.file.endswith(".parquet")
+        groups.setdefault((image.file, image.length) if in_rows else ("", index), []).append(index)
     # Sorting raw random numbers: unlike `permutation`, NumPy promises this stream for all versions.
-    order = np.argsort(np.random.Philox(key=options.seed).random_raw(count), kind="stable")
+    shuffled = np.argsort(np.random.Philox(key=options.seed).random_raw(len(groups)), kind="stable")
+    members = list(groups.values())
+    order = [index for group in shuffled for index in members[group]]
     if options.images_per_shard:
         shards = math.ceil(count / options.images_per_shard)
     else:
         shards = max(math.ceil(count / MAX_IMAGES_PER_SHARD), min(MIN_SHARDS, math.ceil(count / MIN_IMAGES)))
-    return [piece.tolist() for piece in np.array_split(order, shards)]
+    return [piece.tolist() for piece in np.array_split(np.array(order, np.int64), shards)]
 
 
 def _fingerprint(source: Source, options: Options, plan: list[list[int]]) -> str:
     """Equal only when the finished data set would be equal, so far as can be told without reading images."""
     digest = hashlib.sha256()
-    head = [FORMAT_VERSION, source.split, asdict(options), len(plan), cv2.__version__]
+    chosen = {key: value for key, value in asdict(options).items() if key != "strict" or value}
+    head = [FORMAT_VERSION, source.split, chosen, len(plan), cv2.__version__, PIL.__version__]
     digest.update(json.dumps([head, source.wnids, source.names, source.rejected], sort_keys=True).encode())
     for image in source.images:
-        digest.update(json.dumps(image).encode())
+        digest.update(json.dumps(image if image.file else image[:4]).encode())
     return digest.hexdigest()
 
 
@@ -168,7 +199,12 @@ def _stamp(source: Source) -> str:
     Not in the manifest: a copy of the images has other times, and is the same data set.
     """
     digest = hashlib.sha256()
-    paths = (source.path / i.name for i in source.images) if source.path.is_dir() else [source.path]
+    if source.path.is_dir():
+        paths: list[Path] = [
+            source.path / name for name in dict.fromkeys(i.file or i.name for i in source.images)
+        ]
+    else:
+        paths = [source.path]
     for path in map(os.fspath, paths):
         try:
             file = os.stat(path)  # noqa: PTH116 - a million times
@@ -176,156 +212,6 @@ def _stamp(source: Source) -> str:
         except OSError:
             digest.update(b"gone\n")
     return digest.hexdigest()
-
-
-# --- the directory of an unfinished build ------------------------------------------------------------------
-
-
-def _claim(
-    final: Path, partial: Path, fingerprint: str, stamp: Callable[[], str], resume: bool, overwrite: bool
-) -> tuple[int, str]:
-    """Make or take over `partial`; returns the descriptor of its lock and the token of the build.
-
-    `stamp` looks at every image: it is called after the refusals only.
-    Jobs of a cluster can outlive the build that sent them, and its directory: they know files of other names.
-    """
-    refuse_taken(final, resume, overwrite)
-    started = _started(partial)
-    work = started.parent
-    if partial.exists():
-        lock = _lock(partial)
-        if overwrite:
-            _remove_tree(partial)
-            os.close(lock)
-        else:
-            try:
-                known = json.loads(started.read_bytes())
-            except (FileNotFoundError, ValueError):
-                known = {"fingerprint": None, "overwrite": True}
-                if (partial / MANIFEST).exists():
-                    known["fingerprint"] = Manifest.load(partial).fingerprint
-                elif not any(partial.glob("shard-*")):
-                    known["fingerprint"] = fingerprint  # killed before it had begun
-            if known["fingerprint"] != fingerprint:
-                os.close(lock)
-                raise DataError(
-                    f"{partial} was begun from other images or with other options: "
-                    "repeat those, or start afresh with --overwrite"
-                )
-            if "stamp" in known and known["stamp"] != stamp():
-                os.close(lock)
-                raise DataError(
-                    f"images have changed since {partial} was begun: start afresh with --overwrite"
-                )
-            if final.exists() and not known["overwrite"]:
-                os.close(lock)
-                raise DataError(f"{final} already exists beside {partial}: replace both with --overwrite")
-            work.mkdir(exist_ok=True)
-            for place in work.glob("*.at"):
-                place.unlink()  # jobs that a killed build left on a cluster stop when they miss it
-            if "token" not in known:
-                known.update(fingerprint=fingerprint, stamp=stamp(), token=uuid.uuid4().hex)
-                write_atomic(started, json.dumps(known).encode())
-            return lock, known["token"]
-    token = uuid.uuid4().hex
-    content = {"fingerprint": fingerprint, "stamp": stamp(), "overwrite": overwrite, "token": token}
-    partial.mkdir(parents=True)
-    lock = _lock(partial)
-    work.mkdir()
-    write_atomic(started, json.dumps(content).encode())
-    return lock, token
-
-
-def refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
-    """DataError where OUT/<split> is not to be built: it is there, or begun, or what no build has made is.
-
-    Names of files tell that, so that it can be known before a million images are listed.
-    """
-    try:
-        _refuse_taken(final, resume, overwrite)
-    except OSError as error:
-        raise _disk_error(error, final.parent) from None
-
-
-def _refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
-    partial = _partial(final)
-    ours = _started(partial).exists() and not overwrite  # goes on, and nothing in it is deleted
-    for directory in (final, _replaced(final), *([] if ours else [partial])):
-        _refuse_foreign(directory)
-    if not (resume or overwrite):
-        if partial.exists():
-            raise DataError(
-                f"{partial} is an unfinished build: continue it with --resume, or use --overwrite"
-            )
-        if final.exists():
-            raise DataError(f"{final} already exists: replace it with --overwrite, or name another OUT")
-
-
-def _partial(final: Path) -> Path:
-    return final.with_name(f"{final.name}.partial")
-
-
-def _started(partial: Path) -> Path:
-    return partial / "work" / "build.json"
-
-
-def _refuse_foreign(directory: Path) -> None:
-    """DataError instead of deleting what no build has made."""
-    if other := foreign(directory):
-        raise DataError(f"{directory} {other}, which no build made: move it away, or name another OUT")
-
-
-def _remove_tree(directory: Path) -> None:
-    """rmtree, also while a job that is about to stop still makes or renames something in there."""
-    for _ in range(20):
-        shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
-            return
-        time.sleep(0.1)
-    shutil.rmtree(directory)
-
-
-def _lock(directory: Path, name: str = "", wait: bool = False) -> int:
-    """Keep others out of `directory`, or of the file `name` in it, until the descriptor is closed or a kill."""
-    flags = os.O_RDWR | os.O_CREAT if name else os.O_RDONLY
-    descriptor = os.open(directory / name, flags, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DataError(f"another build is at work in {directory}: wait for it, or stop it") from None
-    except OSError:
-        pass  # a file system without locks: better to build than to refuse
-    return descriptor
-
-
-def _remove_unfinished(partial: Path, all_of_it: bool = False) -> None:
-    """What stopped workers were writing: useless, and on a full disk in the way.
-
-    Where a worker of a cluster may be at it still, that worker or --resume removes it, unless `all_of_it` is to go.
-    """
-    for path in [*partial.glob("*.tmp"), *partial.glob("work/*.tmp")]:
-        lock = None
-        try:
-            if not all_of_it and path.name.startswith("shard-"):
-                lock = _lock(partial / "work", f"{path.name.partition('.')[0]}.lock")
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        except (DataError, OSError):  # at work there, or the disk is read-only
-            continue
-        finally:
-            if lock is not None:
-                os.close(lock)
-
-
-def _disk_error(error: OSError, out: Path) -> DataError:
-    if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
-        return DataError(f"the disk of {out} is full: make room, then continue with --resume")
-    if error.errno == errno.EROFS or error.errno == errno.EACCES:
-        return DataError(f"cannot write to {error.filename or out}: {error.strerror}; name another OUT")
-    return DataError(f"{error.filename or out}: {error.strerror}; continue with --resume when that is solved")
 
 
 # --- shards ------------------------------------------------------------------------------------------------
@@ -336,14 +222,37 @@ def _note(partial: Path, number: int, token: str) -> Path:
     return partial / "work" / f"{shard_name(number)}.{token}.npz"
 
 
-def _is_finished(partial: Path, number: int, token: str) -> bool:
-    """Whether a shard has its note, and the file that the note speaks of is there."""
+def _read_note(
+    partial: Path, number: int, token: str, images: int, size: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """(text, sums) of a finished shard of so many images; ValueError unless they are what `_write_shard` writes."""
     try:
         with np.load(_note(partial, number, token)) as arrays:
-            shard = json.loads(str(arrays["text"]))["shard"]
-        return shard["count"] == 0 or (partial / shard["name"] / DATABASE).stat().st_size == shard["bytes"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            note, sums = json.loads(str(arrays["text"])), arrays["sums"]
+        shard = note["shard"]
+        good = (
+            shard["name"] == shard_name(number)
+            and shard["count"] + len(note["rejected"]) == images
+            and np.shape(note["products"]) == (3, 3)
+            and sums.shape == (size, size, 3)
+            and sums.dtype == np.int64
+        )
+        if good and shard["count"]:
+            good = (partial / shard["name"] / DATABASE).stat().st_size == shard["bytes"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        good = False
+    if not good:
+        raise ValueError("no finished shard")
+    return note, sums
+
+
+def _is_finished(partial: Path, number: int, token: str, images: int, size: int) -> bool:
+    """Whether a shard has its note, and the file that the note speaks of is there."""
+    try:
+        _read_note(partial, number, token, images, size)
+    except ValueError:
         return False
+    return True
 
 
 def _write_shards(
@@ -359,7 +268,7 @@ def _write_shards(
     """Write every shard that has no note yet; returns how many images had been done before."""
     jobs = {}
     for number, piece in enumerate(plan):
-        if not _is_finished(partial, number, token):
+        if not _is_finished(partial, number, token, len(piece), options.size):
             images = [source.images[index] for index in piece]
             jobs[number] = _ShardJob(number, partial, token, source.path, images, options)
     total = len(source.images)
@@ -406,9 +315,9 @@ def write_shard(job: _ShardJob, report: Report) -> None:
     cv2.setNumThreads(1)  # one process a core already
     try:
         # After a kill of the main process its workers may live for a moment: never two in one shard.
-        lock = _lock(job.partial / "work", f"{shard_name(job.number)}.lock", wait=True)
+        lock = lock_folder(job.partial / "work", f"{shard_name(job.number)}.lock", wait=True)
         try:
-            if not _is_finished(job.partial, job.number, job.token):
+            if not _is_finished(job.partial, job.number, job.token, len(job.images), job.options.size):
                 _write_shard(job, report)
         except lmdb.Error as error:
             # LMDB calls a write that a full disk cut short an I/O error: a plain one tells the true reason.
@@ -417,7 +326,7 @@ def write_shard(job: _ShardJob, report: Report) -> None:
         finally:
             os.close(lock)
     except OSError as error:
-        raise _disk_error(error, job.partial.parent) from None
+        raise disk_error(error, job.partial.parent) from None
 
 
 def _write_shard(job: _ShardJob, report: Report) -> None:
@@ -430,16 +339,23 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
         if leftover.exists():
             shutil.rmtree(leftover)
     statistics = Statistics(options.size)
-    rejected = []
+    rejected, warned = [], []
     reader = RawReader(job.source)
     writer = ShardWriter(unfinished, options.size, encoded=options.encoding != "raw")
+    decoder = DecoderWarnings()
     try:
         for position, image in enumerate(job.images):
             report(position)
             try:
                 if position in job.crashers:
                     raise RejectedError(job.crashers[position])
-                bgr = prepare_bgr(_read(reader, image, job.source), options.size)
+                content = _read(reader, image, job.source)
+                decoder.take()
+                bgr = prepare_bgr(content, options.size)
+                if warning := decoder.take():
+                    if options.strict:
+                        raise RejectedError(f"damaged: {warning}")
+                    warned.append({"source": image.name, "reason": warning})
                 data = encode_bgr(bgr, options.encoding, options.quality or 0)
             except RejectedError as error:
                 rejected.append({"source": image.name, "reason": str(error)})
@@ -456,10 +372,13 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
     finally:
         writer.abort()
         reader.close()
+        decoder.close()
     statistics.flush()
     unfinished.rename(directory)
     fsync_directory(job.partial)
-    text = json.dumps({"shard": entry, "products": statistics.products, "rejected": rejected})
+    text = json.dumps(
+        {"shard": entry, "products": statistics.products, "rejected": rejected, "warned": warned}
+    )
     note = io.BytesIO()
     np.savez(note, sums=statistics.sums, text=np.array(text))
     report(-1)  # after the rename: whoever gave the job up and then tidied has tidied this shard, too
@@ -489,15 +408,16 @@ def _write_manifest(
     products = [[0] * 3 for _ in range(3)]
     shards: list[dict[str, Any]] = []
     rejected = [{"source": name, "reason": reason} for name, reason in source.rejected]
-    for number in range(len(plan)):
-        if not _is_finished(partial, number, token):
-            raise DataError(f"{partial / shard_name(number)} is not whole: continue with --resume")
-        with np.load(_note(partial, number, token)) as arrays:
-            note = json.loads(str(arrays["text"]))
-            shard_sums = arrays["sums"]
+    warned: list[dict[str, str]] = []
+    for number, piece in enumerate(plan):
+        try:
+            note, shard_sums = _read_note(partial, number, token, len(piece), options.size)
+        except ValueError:
+            raise DataError(f"{partial / shard_name(number)} is not whole: continue with --resume") from None
+        warned += note.get("warned", [])
         rejected += note["rejected"]
         if note["shard"]["count"] == 0:
-            shutil.rmtree(partial / note["shard"]["name"], ignore_errors=True)
+            shutil.rmtree(partial / shard_name(number), ignore_errors=True)
             continue
         shards.append(note["shard"])
         sums += shard_sums
@@ -530,6 +450,7 @@ def _write_manifest(
         pca_eigenvectors=vectors,
         mean_sha256=hashlib.sha256(content.getvalue()).hexdigest(),
         fingerprint=fingerprint,
+        warned=sorted(warned, key=lambda entry: entry["source"]),
     ).save(partial)
 
 
@@ -537,26 +458,15 @@ def _publish(partial: Path, final: Path) -> Manifest:
     """Make a complete build visible; safe to repeat after a kill at any line."""
     manifest = Manifest.load(partial)
     if final.exists():  # maybe it was not there when the build began, hours ago
-        _refuse_foreign(final)
-        started = _started(partial)
+        refuse_foreign(final)
+        started = started_of(partial)
         if started.exists() and not json.loads(started.read_bytes())["overwrite"]:
             raise DataError(f"{final} has come meanwhile: move it away, then continue with --resume")
     shutil.rmtree(partial / "work", ignore_errors=True)
     if final.exists():
-        _remove_replaced(final)
-        final.rename(_replaced(final))
+        remove_replaced(final)
+        final.rename(replaced_of(final))
     partial.rename(final)
     fsync_directory(final.parent)
-    _remove_replaced(final)
+    remove_replaced(final)
     return manifest
-
-
-def _replaced(final: Path) -> Path:
-    """Where --overwrite puts the old data set for the moment between two renames."""
-    return final.with_name(final.name + ".replaced")
-
-
-def _remove_replaced(final: Path) -> None:
-    if _replaced(final).exists():
-        _refuse_foreign(_replaced(final))
-        shutil.rmtree(_replaced(final))

@@ -163,7 +163,8 @@ def _crafted(draw: random.Random) -> list[bytes]:
 
 def hostile_tars(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
     """Damaged and malicious tars: members refused or skipped with a reason, nothing written anywhere."""
-    from pipeline.build.sources import RawReader, open_source
+    from pipeline.build.listing import RawReader
+    from pipeline.build.sources import open_source
 
     def tar_of(members: dict[str, bytes], kinds: dict[str, bytes]) -> bytes:
         buffer = io.BytesIO()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from helpers import run_train, train_error
 from model.parallel.ranks import Ranks
 from model.training.checkpoint import Checkpoints, load
 from pipeline.shards import ShardReader
-from tools.evaluate import judge, score
 from tools.lib.runs import load_run
+from tools.lib.scores import judge
 
 TINY = [
     "--gpus",
@@ -31,12 +33,12 @@ TINY += ["--no-progress", "--no-tensorboard", "--log-every", 1, "--init", "torch
 MODERN = ["--mixup", 0.4, "--ema", 0.9, "--label-smoothing", 0.1]
 
 
-def run(data, out, *arguments):
+def run(data: Any, out: Any, *arguments: Any) -> None:
     run_train("--data", data, "--out", out, *TINY, *arguments)
 
 
 @pytest.fixture(scope="module")
-def switched(dataset, tmp_path_factory):
+def switched(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A run of two epochs with everything turned."""
     out = tmp_path_factory.mktemp("runs") / "switched"
     arguments = ["--no-lrn", "--groups", 1, "--pool", "2,2", "--drop-layer", "conv3", "--activation", "tanh"]
@@ -44,7 +46,7 @@ def switched(dataset, tmp_path_factory):
     return out
 
 
-def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched, dataset):
+def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched: Path, dataset: Path) -> None:
     saved = Checkpoints(switched).newest()
     assert saved["network"] == {
         "activation": "tanh", "groups": 1, "lrn": False, "pool": [2, 2], "drop_layers": ["conv3"],
@@ -55,14 +57,17 @@ def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched, 
         assert torch.equal(value, saved["ema"]["model"][key])
     assert any(not torch.equal(saved["model"][k], saved["ema"]["model"][k]) for k in saved["model"])
     logged = [json.loads(line) for line in (switched / "log.jsonl").read_text().splitlines()]
-    ours = score(*judge(trained, ShardReader(dataset / "val"), Ranks(), workers=0, progress=False))
+    (scores,) = judge([trained], ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
+    ours = scores.overall()
     validation = [entry for entry in logged if entry["kind"] == "val"][-1]
     assert ours["top1"] == validation["top1"] and ours["loss"] == pytest.approx(validation["loss"], rel=1e-5)
     errors = [entry["error"] for entry in logged if entry["kind"] == "train"]
     assert len(errors) == 6 and all(error * 32 == pytest.approx(round(error * 32)) for error in errors)
 
 
-def test_mixup_and_averaging_resume_in_mid_epoch_bit_for_bit(switched, dataset, tmp_path):
+def test_mixup_and_averaging_resume_in_mid_epoch_bit_for_bit(
+    switched: Path, dataset: Path, tmp_path: Path
+) -> None:
     """The checkpoint of step 4, in the middle of the second epoch, goes on to the same weights and averages."""
     arguments = ["--no-lrn", "--groups", 1, "--pool", "2,2", "--drop-layer", "conv3", "--activation", "tanh"]
     out = tmp_path / "part"
@@ -80,7 +85,7 @@ def test_mixup_and_averaging_resume_in_mid_epoch_bit_for_bit(switched, dataset, 
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_mixup_is_the_same_for_any_number_of_parts_and_ranks(dataset, tmp_path):
+def test_mixup_is_the_same_for_any_number_of_parts_and_ranks(dataset: Path, tmp_path: Path) -> None:
     run(dataset, tmp_path / "one", "--epochs", 1, *MODERN)
     run(dataset, tmp_path / "two", "--epochs", 1, *MODERN, "--cpu-ranks", 2, "--accumulate", 2)
     one, two = (Checkpoints(tmp_path / name).newest() for name in ("one", "two"))
@@ -89,7 +94,7 @@ def test_mixup_is_the_same_for_any_number_of_parts_and_ranks(dataset, tmp_path):
             torch.testing.assert_close(value, part(two)[key], atol=5e-5, rtol=1e-3)
 
 
-def test_a_resume_with_other_switches_is_refused(switched, dataset, tmp_path):
+def test_a_resume_with_other_switches_is_refused(switched: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(switched, out)
     for option, name in ((["--lrn"], "lrn"), (["--groups", 2], "groups"), (["--ema", 0.5], "ema")):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,11 @@ SMALL = ["--gpus", "0", "--crop", "96", "--global-batch", "16", "--workers", "0"
 SMALL += ["--no-progress", "--no-tensorboard", "--decode-threads", "1"]
 
 
-def epoch_losses(out):
+def epoch_losses(out: Any) -> Any:
     """metrics.csv's loss of each epoch, and the mean over its steps by log.jsonl."""
     rows = list(csv.DictReader((out / "metrics.csv").open()))
-    sums, before = {}, 0
+    sums: dict[int, tuple[float, int]] = {}
+    before = 0
     for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
         if entry["kind"] == "train":
             total, steps = sums.get(entry["epoch"], (0.0, 0))
@@ -37,7 +39,7 @@ def epoch_losses(out):
 
 
 @pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory):
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An uninterrupted run of two epochs."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     said = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
@@ -49,7 +51,7 @@ def whole(dataset, tmp_path_factory):
     return out
 
 
-def test_a_run_leaves_checkpoints_log_metrics_and_config(whole, dataset):
+def test_a_run_leaves_checkpoints_log_metrics_and_config(whole: Path, dataset: Path) -> None:
     steps = json.loads((dataset / "train" / "manifest.json").read_text())["count"] // 16
     val_count = json.loads((dataset / "val" / "manifest.json").read_text())["count"]
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
@@ -65,7 +67,7 @@ def test_a_run_leaves_checkpoints_log_metrics_and_config(whole, dataset):
     assert json.loads((whole / "config.json").read_text())["global_batch"] == 16
 
 
-def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path):
+def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
     process = subprocess.Popen(train_command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -90,10 +92,10 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole, dataset, tmp_path
     assert found == pytest.approx(epoch_losses(whole)[0], rel=1e-6)
 
 
-def test_an_epochs_loss_from_a_damaged_log(tmp_path):
+def test_an_epochs_loss_from_a_damaged_log(tmp_path: Path) -> None:
     """What is left of the epoch counts; what was put together wrongly does not."""
 
-    def line(kind, epoch, step, loss):
+    def line(kind: Any, epoch: Any, step: Any, loss: Any) -> Any:
         more = {"top1": 0.5, "top5": 0.9} if kind == "val" else {}
         return json.dumps({"kind": kind, "epoch": epoch, "step": step, "loss": loss, **more}) + "\n"
 
@@ -115,7 +117,7 @@ def test_an_epochs_loss_from_a_damaged_log(tmp_path):
         assert [row["epoch"] for row in rows] == ["1", "2"] and rows[1]["val_loss"] == "2.0"
 
 
-def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):
+def test_two_ranks_stop_together_and_one_goes_on(whole: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "ranks"
     arguments = ["--data", dataset, "--out", out, "--epochs", 2, *SMALL]
     process = subprocess.Popen(
@@ -140,21 +142,21 @@ def test_two_ranks_stop_together_and_one_goes_on(whole, dataset, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(dataset, tmp_path_factory):
+def two_ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An uninterrupted run of two epochs on two ranks, in float32."""
     out = tmp_path_factory.mktemp("runs") / "two"
     run("--data", dataset, "--out", out, "--epochs", 2, "--cpu-ranks", 2, "--amp", "off", *SMALL)
     return out
 
 
-def test_two_ranks_follow_the_same_curve_as_one(two_ranks, dataset, tmp_path):
+def test_two_ranks_follow_the_same_curve_as_one(two_ranks: Path, dataset: Path, tmp_path: Path) -> None:
     run("--data", dataset, "--out", tmp_path / "one", "--epochs", 2, "--amp", "off", *SMALL)
     one, two = newest(tmp_path / "one"), newest(two_ranks)
     for key in one["model"]:
         torch.testing.assert_close(one["model"][key], two["model"][key], atol=5e-5, rtol=1e-3)
 
 
-def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks, dataset, tmp_path):
+def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks: Path, dataset: Path, tmp_path: Path) -> None:
     """An epoch in the hybrid layout, one in towers: as two epochs of data parallelism."""
     arguments = ["--data", dataset, "--out", tmp_path / "l", "--cpu-ranks", 2, "--amp", "off", *SMALL]
     run(*arguments, "--epochs", 1, "--layout", "hybrid")
@@ -171,7 +173,9 @@ def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks, dataset, tmp_pa
         assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
-def test_torchrun_restarts_a_run_from_its_last_checkpoint(two_ranks, dataset, tmp_path):
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(
+    two_ranks: Path, dataset: Path, tmp_path: Path
+) -> None:
     """One rank is killed; the launcher starts all ranks anew with the same command line."""
     out = tmp_path / "elastic"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -198,7 +202,7 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(two_ranks, dataset, tm
     assert steps == sorted(steps) and steps[-1] == newest(out)["step"] == 12
 
 
-def test_accumulating_gives_the_same_step(dataset, tmp_path):
+def test_accumulating_gives_the_same_step(dataset: Path, tmp_path: Path) -> None:
     run("--data", dataset, "--out", tmp_path / "a", "--epochs", 1, "--amp", "off", *SMALL)
     run("--data", dataset, "--out", tmp_path / "b", "--epochs", 1, "--amp", "off", "--accumulate", 4, *SMALL)
     two_ranks = ["--cpu-ranks", 2, "--accumulate", 2]
@@ -210,12 +214,12 @@ def test_accumulating_gives_the_same_step(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["owt", "bn"])
-def test_the_other_variants_train(dataset, tmp_path, variant):
+def test_the_other_variants_train(dataset: Path, tmp_path: Path, variant: str) -> None:
     run("--data", dataset, "--out", tmp_path / variant, "--epochs", 1, "--variant", variant, *SMALL)
     assert newest(tmp_path / variant)["variant"] == variant
 
 
-def test_a_config_repeats_its_run(whole, dataset, tmp_path):
+def test_a_config_repeats_its_run(whole: Path, dataset: Path, tmp_path: Path) -> None:
     run("--config", whole / "config.json", "--out", tmp_path / "again", "--epochs", 1)
     config = [json.loads((o / "config.json").read_text()) for o in (whole, tmp_path / "again")]
     assert {k for k in config[0] if config[0][k] != config[1][k]} == {"out", "epochs"}
@@ -229,7 +233,7 @@ def test_a_config_repeats_its_run(whole, dataset, tmp_path):
     assert "not a config.json" in train_error("--config", tmp_path / "bad.json")
 
 
-def test_weights_and_biases_get_every_curve(dataset, tmp_path):
+def test_weights_and_biases_get_every_curve(dataset: Path, tmp_path: Path) -> None:
     """Against a stand-in for the package, which is an extra and wants an account."""
     (tmp_path / "wandb.py").write_text(
         "import json\n"
@@ -252,7 +256,7 @@ def test_weights_and_biases_get_every_curve(dataset, tmp_path):
     ] in calls
 
 
-def wait_for_log(out):
+def wait_for_log(out: Any) -> None:
     """Until the first line of the log is written."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
@@ -261,14 +265,14 @@ def wait_for_log(out):
         time.sleep(0.02)
 
 
-def one_line_error(done):
+def one_line_error(done: Any) -> Any:
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1, done.stderr
     return lines[0]
 
 
-def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
+def test_what_is_wrong_is_said_in_one_line(whole: Path, dataset: Path, tmp_path: Path) -> None:
     data = ["--data", dataset]
     error = train_error("--data", tmp_path / "none", *SMALL)
     assert "no data set" in error and "build_lmdb.py" in error
@@ -302,7 +306,7 @@ def test_what_is_wrong_is_said_in_one_line(whole, dataset, tmp_path):
     assert "20" in error
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(whole, dataset, tmp_path):
+def test_a_damaged_checkpoint_is_refused_by_name(whole: Path, dataset: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "run"
     damaged.mkdir()
     newest_path = Checkpoints(whole).paths()[0]
@@ -313,7 +317,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(whole, dataset, tmp_path):
     assert newest_path.name in error and "damaged" in error
 
 
-def test_falling_back_on_the_checkpoint_before_changes_nothing(whole, dataset, tmp_path):
+def test_falling_back_on_the_checkpoint_before_changes_nothing(
+    whole: Path, dataset: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     out.mkdir()
     paths = Checkpoints(whole).paths()
@@ -329,7 +335,7 @@ def test_falling_back_on_the_checkpoint_before_changes_nothing(whole, dataset, t
     assert same_weights(newest(out), newest(whole))
 
 
-def test_a_damaged_config_is_not_taken_for_the_defaults(whole, dataset, tmp_path):
+def test_a_damaged_config_is_not_taken_for_the_defaults(whole: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
     os.link(Checkpoints(whole).paths()[0], out / "checkpoint-000000012.pt")
@@ -337,7 +343,7 @@ def test_a_damaged_config_is_not_taken_for_the_defaults(whole, dataset, tmp_path
     assert "is not a config.json of a run" in train_error("--data", dataset, "--out", out, "--resume")
 
 
-def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
+def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset: Path, tmp_path: Path) -> None:
     done = run("--data", dataset, "--out", tmp_path / "r", "--epochs", 9, *SMALL, "--lr", "1e30", code=1)
     assert "diverged" in one_line_error(done)
 
@@ -347,7 +353,7 @@ def test_a_diverged_run_stops_with_its_last_good_checkpoint(dataset, tmp_path):
     "extra",
     [[], ["--amp", "fp16"], ["--amp", "off"], ["--compile"], ["--variant", "bn", "--optimizer", "lars"]],
 )
-def test_a_gpu_trains_and_resumes(dataset, tmp_path, extra):
+def test_a_gpu_trains_and_resumes(dataset: Path, tmp_path: Path, extra: Any) -> None:
     arguments = ["--data", dataset, "--out", tmp_path / "g", "--global-batch", "16", "--no-progress", *extra]
     run(*arguments, "--epochs", "1")
     run(*arguments, "--epochs", "2", "--resume")
@@ -355,7 +361,7 @@ def test_a_gpu_trains_and_resumes(dataset, tmp_path, extra):
     assert load(tmp_path / "g" / "best.pt")["best"] >= 0
 
 
-def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset, tmp_path):
+def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
     """The terminal sends SIGINT to every process of the command, the readers included."""
     out = tmp_path / "c"
     arguments = ["--data", dataset, "--out", out, "--epochs", 50, *SMALL, "--workers", "1"]
@@ -375,7 +381,7 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset, tmp_path):
     assert newest(out)["step"] > 0
 
 
-def test_no_process_outlives_a_run(dataset, tmp_path):
+def test_no_process_outlives_a_run(dataset: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         train_command(
             "--data", dataset, "--out", tmp_path / "k", "--epochs", 50, *SMALL[:-2], "--workers", "1"

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from helpers import CRASH, OPTIONS, ROOT, tree, wait_until
 
 import pipeline.build.split
+import pipeline.build.workspace
 from base.errors import DataError
 from pipeline.build.images import prepare
 from pipeline.build.sources import find_splits, not_read, open_source
@@ -286,7 +287,8 @@ def test_folders_that_may_have_been_meant_are_named(class_folders: Path, tmp_pat
     (tmp_path / "photos/lists").mkdir()
     (tmp_path / "photos/lists/names.txt").write_text("coffee a cup\n")
     split_found = find_splits(tmp_path / "photos")
-    assert not_read(tmp_path / "photos", split_found, [tmp_path / "photos/lists/names.txt"]) == []
+    photos = tmp_path / "photos"
+    assert not_read(photos, split_found, [photos / "lists/names.txt"]) == (photos, [])
     shutil.rmtree(tmp_path / "photos/val")
     (tmp_path / "photos/train").rename(tmp_path / "photos/training")
     (tmp_path / "photos/testing").mkdir()
@@ -312,9 +314,10 @@ def test_a_build_without_a_compiler_says_so_once(
 def test_two_builds_at_once_are_refused(class_folders: Path, tmp_path: Path) -> None:
     source = open_source(class_folders / "val", "val")
     (tmp_path / "val.partial").mkdir()
-    lock = pipeline.build.split._lock(tmp_path / "val.partial")
-    with pytest.raises(DataError, match="another build is at work"):
-        build_split(source, tmp_path, OPTIONS, workers=1, resume=True)
+    lock = pipeline.build.workspace.lock_folder(tmp_path / "val.partial")
+    for resume in (True, False):
+        with pytest.raises(DataError, match="another build is at work"):
+            build_split(source, tmp_path, OPTIONS, workers=1, resume=resume)
     os.close(lock)
 
 

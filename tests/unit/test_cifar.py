@@ -4,6 +4,7 @@ import gzip
 import io
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import tarfile
@@ -216,6 +217,8 @@ def test_an_archive_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
         b"cnumpy.char\nndarray\n.",
         b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
         b"cnumpy\nndarray\n(L1000000000000000L\ntR.",
+        # an index of the memo for which 3 GB of room would be made
+        b"\x80\x02}r" + struct.pack("<I", 200_000_000) + b".",
     ],
 )
 def test_whatever_the_unpickler_meets_is_one_line(batches, tmp_path, meta):
@@ -227,6 +230,33 @@ def test_whatever_the_unpickler_meets_is_one_line(batches, tmp_path, meta):
     assert done.exit_code == 1 and done.output.count("Error: ") == 1, done.exception
     assert "fetch it again" in done.output
     assert not {name for name in set(sys.modules) - before if name.startswith("numpy.f2py")}
+
+
+def test_none_of_numpys_classes_is_made(batches, tmp_path):
+    """A type of objects, which NumPy would take the array's bytes for the addresses of: it crashed the process."""
+    images, labels = batches[0]
+
+    class Type:
+        def __reduce__(self):
+            return np.dtype, ("u1",), (3, "|", None, None, None, 8, 8, 63)
+
+    class Array:
+        def __reduce__(self):
+            state = (1, (1, 3072), Type(), False, planes(images)[:1].tobytes())
+            return np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), state
+
+    batch = pickle.dumps({"data": Array(), "labels": [0]}, 2)
+    files = {"batches.meta": pickle.dumps({"label_names": NAMES}), "data_batch_1": batch, "test_batch": batch}
+    unpack(archive(tmp_path / "cifar-10-type.tar.gz", files), tmp_path / "type")  # its state is not used
+    for kind in ("O", "f8", "V1", "i1"):
+        data = np.zeros((1, 3072), np.uint8) if kind == "O" else np.zeros((1, 3072), kind)
+        batch = pickle.dumps({"data": data.astype(kind), "labels": [0]}, 2)
+        with pytest.raises(DataError, match="damaged"):
+            unpack(archive(tmp_path / "cifar-10-x.tar.gz", files | {"data_batch_1": batch}), tmp_path / "out")
+    column_wise = np.asfortranarray(planes(images))
+    batch = pickle.dumps({"data": column_wise, "labels": labels.tolist()}, 2)
+    pixels, _ = cifar._from_pickle(batch)
+    assert np.array_equal(pixels, planes(images))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -59,7 +60,7 @@ def test_every_option_has_a_sentence_and_every_command_two_examples(name: str) -
 
 
 @pytest.mark.parametrize("name", commands())
-def test_examples_are_valid_command_lines(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_examples_are_valid_command_lines(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Their options exist and take those values; what the files hold is not looked at."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photographs").mkdir()
@@ -91,7 +92,7 @@ def test_literal_choices_are_those_of_the_modules_that_help_must_not_import() ->
     assert isinstance(amp.type, click.Choice) and list(amp.type.choices) == list(AMP)
 
 
-def test_predict_and_export_work_without_dali(dataset, class_folders, tmp_path) -> None:
+def test_predict_and_export_work_without_dali(dataset: Path, class_folders: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", dataset)
     code = """
 import sys

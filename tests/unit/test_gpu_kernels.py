@@ -68,7 +68,7 @@ def test_lrn_is_the_formula(
 def test_lrn_keeps_its_input_alone_and_takes_no_rows(on_the_cpu: ModuleType) -> None:
     kept: list[Tensor] = []
     x = noise(2, 8, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         local_response_norm(x, backend="triton")
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
     assert local_response_norm(torch.ones(0, 8, 3, 3), backend="triton").shape == (0, 8, 3, 3)
@@ -113,7 +113,7 @@ def test_dropout_is_bit_for_bit_the_formulas(
     expected = layer(x)  # on the CPU: the formula
     (expected_grad,) = torch.autograd.grad(expected, x, grad)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         y = torch.ops.alexnet.dropout(x, layer.position, *layer._options)
     (x_grad,) = torch.autograd.grad(y, x, grad)
     assert torch.equal(y, expected) and torch.equal(x_grad, expected_grad)

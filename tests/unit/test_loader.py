@@ -43,7 +43,8 @@ def mean_of(dataset: Path, mode: str) -> np.ndarray:
     manifest = Manifest.load(dataset / "train")
     if mode == "pixel":
         return np.load(dataset / "train" / "mean.npy").astype(np.float64)
-    return np.array(manifest.channel_mean) if mode == "channel" else np.zeros(3)
+    levels = {"channel": manifest.channel_mean, "imagenet": [123.675, 116.28, 103.53]}
+    return np.array(levels.get(mode, [0, 0, 0]))
 
 
 @pytest.mark.parametrize("fused", [True, False])

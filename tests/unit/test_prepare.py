@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gzip
 import io
 import os
 import platform
@@ -21,18 +22,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import native
+import pipeline.build.headers
 import pipeline.build.images
 from pipeline import MAX_PIXELS
-from pipeline.build.images import (
-    RejectedError,
-    Statistics,
-    dimensions,
-    encode,
-    prepare,
-    scans,
-    shrink,
-    shrinks_as_opencv,
-)
+from pipeline.build.headers import RejectedError, dimensions, scans
+from pipeline.build.images import encode, prepare, shrink, shrinks_as_opencv
+from pipeline.build.statistics import Statistics
 from pipeline.preprocess import decode
 
 
@@ -143,6 +138,72 @@ def test_shrinking_averages_the_central_square(photos: dict[str, Path]) -> None:
         assert error.mean() < 0.6 and error.max() < 3, path
 
 
+def _bmp(header: bytes, masks: bytes, palette: bytes, pixels: bytes) -> bytes:
+    offset = 14 + len(header + masks + palette)
+    start = struct.pack("<2sIHHI", b"BM", offset + len(pixels), 0, 0, offset)
+    return start + header + masks + palette + pixels
+
+
+def test_kinds_of_bmp(photo: Image.Image) -> None:
+    """Each written here by the letter of the format: rows from the bottom, padded to four bytes."""
+    small = photo.resize((10, 10))
+    rgb = np.asarray(small)
+
+    def rows(lines: np.ndarray) -> bytes:
+        return b"".join(line.tobytes() + bytes(-line.nbytes % 4) for line in lines[::-1])
+
+    os2 = struct.pack("<IHHHH", 12, 10, 10, 1, 24)
+    assert np.array_equal(prepare(_bmp(os2, b"", b"", rows(rgb[..., ::-1])), 10), rgb)
+
+    info = struct.pack("<IiiHHIIiiII", 40, 10, 10, 1, 16, 3, 0, 0, 0, 0, 0)
+    r, g, b = (rgb[..., i].astype(np.uint16) for i in range(3))
+    packed = (r >> 3) << 11 | (g >> 2) << 5 | b >> 3
+    image = prepare(_bmp(info, struct.pack("<III", 0xF800, 0x07E0, 0x001F), b"", rows(packed)), 10)
+    assert np.abs(image.astype(int) - rgb).max() <= 7
+    info = struct.pack("<IiiHHIIiiII", 40, 10, 10, 1, 32, 3, 0, 0, 0, 0, 0)
+    packed32 = np.dstack([np.full_like(rgb[..., :1], 0), rgb[..., ::-1]])  # blue in the second byte, ...
+    masks = struct.pack("<III", 0xFF000000, 0xFF0000, 0xFF00)
+    assert np.array_equal(prepare(_bmp(info, masks, b"", rows(packed32)), 10), rgb)
+
+    palette = bytes(range(256)) * 4
+    levels = np.asarray(small.convert("L"))
+    info = struct.pack("<IiiHHIIiiII", 40, 10, 10, 1, 8, 1, 0, 0, 0, 256, 0)
+    # run lengths: pairs of a count and a value; 0 0 ends a row, 0 1 the image
+    runs = b"".join(b"".join(bytes([1, v]) for v in line) + b"\0\0" for line in levels[::-1]) + b"\0\1"
+    colours = np.frombuffer(palette, np.uint8).reshape(256, 4)[:, 2::-1]
+    assert np.array_equal(prepare(_bmp(info, b"", palette, runs), 10), colours[levels])
+    # literal runs are padded to two bytes each, as ImageMagick writes them
+    runs = b"".join(
+        bytes([0, 9]) + line[:9].tobytes() + b"\0" + bytes([1, line[9], 0, 0]) for line in levels[::-1]
+    )
+    assert np.array_equal(prepare(_bmp(info, b"", palette, runs + b"\0\1"), 10), colours[levels])
+
+
+def test_a_run_length_encoded_bmp_that_would_take_long_is_rejected() -> None:
+    wide = struct.pack("<IiiHHIIiiII", 40, 80_000_000, 1, 1, 8, 1, 0, 0, 0, 256, 0)
+    with pytest.raises(RejectedError, match="80,000,000 columns"):
+        prepare(_bmp(wide, b"", bytes(1024), b"\0\2\xff\xff" * 10))
+
+
+def test_transparent_pixels_keep_their_colour() -> None:
+    image = Image.new("P", (8, 8), 3)
+    image.putpalette([0, 0, 0, 9, 9, 9, 0, 0, 255, 200, 100, 50])
+    for kind in ("GIF", "PNG"):
+        data = _file(image, kind, transparency=3)
+        assert (prepare(data, 8) == (200, 100, 50)).all(), kind
+    assert (prepare(_file(Image.new("RGBA", (8, 8), (200, 100, 50, 0)), "PNG"), 8) == (200, 100, 50)).all()
+
+
+def test_a_gzipped_jpeg_is_unzipped(photo: Image.Image) -> None:
+    data = _file(photo, "JPEG")
+    assert np.array_equal(prepare(gzip.compress(data)), prepare(data))
+
+
+def test_a_tiny_webp_is_read() -> None:
+    data = bytes.fromhex("524946461a000000574542505650384c0d0000002f0000001007101111888808080700")[:34]
+    assert prepare(data, 4).shape == (4, 4, 3)
+
+
 def test_exif_orientation_is_ignored_and_its_damage_harmless(photo: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x112] = 6
@@ -194,6 +255,10 @@ def test_what_is_no_image_is_rejected_with_the_reason(photo: Image.Image) -> Non
         (png[: len(png) // 2], "truncated PNG"),
         (png[:20], "truncated PNG"),
         (png[:-1], "truncated PNG"),
+        (png[:-12], "truncated PNG"),  # IEND is missing
+        (b"GIF89a" + bytes(1 << 20), "blocks in a GIF"),
+        (b"\x1f\x8b" + bytes(30), "damaged gzip file"),
+        (gzip.compress(jpeg)[:-9], "cut short"),
         (
             png[:33] + b"\xff\xff\xff\xf0" + png[37:],
             "truncated PNG",
@@ -205,7 +270,12 @@ def test_what_is_no_image_is_rejected_with_the_reason(photo: Image.Image) -> Non
         (huge, "65500x65500 pixels"),
         (_webp(8193, 8193), "8193x8193 pixels, more than the limit of 67,108,864"),
         (_webp(8192, 8192), "damaged"),
-        (struct.pack("<2sIHHIIii", b"BM", 60, 0, 0, 54, 40, 1 << 20, -(1 << 20)) + bytes(40), "pixels, more"),
+        (
+            struct.pack("<2sIHHIIii", b"BM", 60, 0, 0, 54, 40, 1 << 20, -(1 << 20))
+            + b"\1\0\x18\0"
+            + bytes(36),
+            "pixels, more",
+        ),
         (b"GIF89a\x01", "truncated header"),
     ]:
         with pytest.raises(RejectedError, match=reason):
@@ -250,7 +320,7 @@ def test_more_scans_than_any_encoder_writes_are_rejected_before_they_are_decoded
         ]:
             with pytest.raises(RejectedError, match=reason):
                 prepare(data)
-        monkeypatch.setattr(pipeline.build.images, "MAX_SCANNED_PIXELS", 11 * 512 * 512)
+        monkeypatch.setattr(pipeline.build.headers, "MAX_SCANNED_PIXELS", 11 * 512 * 512)
         with pytest.raises(RejectedError, match=r"^12 scans of 512x512 pixels"):
             prepare(progressive[:-2] + scan * 2 + b"\xff\xd9")
     prepare(progressive[:-2] + scan + b"\xff\xd9")

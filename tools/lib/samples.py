@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from base.errors import DataError
 from pipeline.build.images import RejectedError, prepare
-from pipeline.build.sources import RawImage, RawReader
+from pipeline.build.listing import RawImage, RawReader
 from pipeline.load.plan import Plan, Views
 from pipeline.preprocess import Preprocess, network_input, stored_image
 from pipeline.shards import ShardReader

@@ -1,0 +1,339 @@
+"""Which class each image belongs to: folders, names, lists and the ILSVRC development kit.
+
+A label is the position of the class's WordNet id (wnid) in sorted order, whatever the source. The devkit
+numbers classes otherwise (its id 1 is n02119789): its ids are translated. Folders called 0, 1, ..., 10 are in the
+order of their numbers.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import struct
+import tarfile
+import unicodedata
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from base.errors import DataError
+from pipeline.build.listing import TAR_ERRORS, Listing, looks_like_image
+
+DEVKIT = "ILSVRC2012_devkit_t12"
+MAX_DEVKIT_BYTES = 1 << 26  # unpacked, also of meta.mat alone: the real one has 5 million
+_DEVKIT_MEMBERS = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
+_VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})[._]")
+_CLASS_IN_NAME = re.compile(r"_(n\d{8})\.[^./]+$|(?:^|/|\d_)(n\d{8})_\d+\.[^./]+$")
+
+Labels = tuple[list[str], dict[str, int]]  # wnids, and the label of every name
+
+
+def readable(name: str) -> str:
+    """A folder's name as the name of a class: composed (NFC), and bytes that are not UTF-8 read as Latin-1."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        name = name.encode("utf-8", "surrogateescape").decode("latin-1")
+    return unicodedata.normalize("NFC", name)
+
+
+def in_order(classes: Iterable[str]) -> list[str]:
+    """Sorted; by their values where all of them are numbers."""
+    names = set(classes)
+    if all(name.isascii() and name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def of_classes(class_of: Mapping[str, str], where: object, train_wnids: Sequence[str] | None) -> Labels:
+    """Labels from the class of each image, in the order of the training set where there is one."""
+    used = {readable(name) for name in set(class_of.values())}
+    wnids = list(train_wnids) if train_wnids else in_order(used)
+    number = {readable(wnid): label for label, wnid in enumerate(wnids)}
+    if unknown := sorted(used - number.keys()):
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise DataError(
+            f"class {unknown[0]}{more} of {where} is not in the training set: "
+            "use the same classes, or build the training set again"
+        )
+    labels = {name: number[readable(name)] for name in set(class_of.values())}
+    return wnids, {name: labels[wnid] for name, wnid in class_of.items()}
+
+
+def of_numbers(
+    number_of: Mapping[str, int], where: object, train_wnids: Sequence[str] | None, known: Sequence[str]
+) -> Labels:
+    """Labels from a number for each image; `known`: the classes in order, where they are known."""
+    used = set(number_of.values())
+    wnids = list(train_wnids or known)
+    if not wnids:
+        if used == set(range(1, len(used) + 1)):
+            raise DataError(f"{where} numbers its classes from 1: subtract 1 from each, they begin at 0")
+        # Classes without a name are called by their number, padded so that sorting keeps the order.
+        width = max(4, len(str(max(used))))
+        wnids = [f"{label:0{width}d}" for label in range(max(used) + 1)]
+    if bad := [label for label in used if not 0 <= label < len(wnids)]:
+        raise DataError(
+            f"{where} has label {bad[0]}, but there are only {len(wnids)} classes, numbered from 0"
+        )
+    return wnids, dict(number_of)
+
+
+def from_folders(
+    listing: Listing, where: object, train_wnids: Sequence[str] | None, known: Sequence[str]
+) -> Labels:
+    """Labels from class folders, which may be numbers (ImageNetV2) where the classes of training have names."""
+    class_of = {file.name: file.name.partition("/")[0] for file in listing.files}
+    used = set(class_of.values())
+    numbers = all(name.isascii() and name.isdecimal() for name in used)
+    if numbers and train_wnids and not used <= set(train_wnids):
+        return of_numbers({name: int(number) for name, number in class_of.items()}, where, train_wnids, [])
+    if numbers and not train_wnids and len(used) == len(known):
+        return of_numbers({name: int(number) for name, number in class_of.items()}, where, None, known)
+    return of_classes(class_of, where, train_wnids)
+
+
+def from_names(listing: Listing) -> dict[str, str]:
+    """The wnid in each file's name, for those that have one."""
+    found = {}
+    for file in listing.files:
+        if match := _CLASS_IN_NAME.search(file.name):
+            found[file.name] = match[1] or match[2]
+    return found
+
+
+def from_given(
+    listing: Listing, where: object, train_wnids: Sequence[str] | None, known: Sequence[str]
+) -> tuple[Labels, dict[str, str]]:
+    """Labels that archives hold themselves, numbers or names of classes; and readable names where known."""
+    if not all(label.isdecimal() for label in set(listing.given.values())):
+        return of_classes(listing.given, where, train_wnids), {}
+    numbers = {name: int(label) for name, label in listing.given.items()}
+    wnids = from_names(listing)
+    pairs = {(numbers[name], wnid) for name, wnid in wnids.items()}
+    if len(wnids) == len(numbers) and len(pairs) == len({n for n, _ in pairs}) == len({w for _, w in pairs}):
+        names = {wnid: listing.class_names[n] for n, wnid in pairs if n < len(listing.class_names)}
+        if not train_wnids or {wnid for _, wnid in pairs} <= set(train_wnids):
+            return of_classes(wnids, where, train_wnids), names
+    if len(listing.class_names) and not train_wnids and len(known) != len(listing.class_names):
+        known = [f"{number:04d}" for number in range(len(listing.class_names))]
+        return of_numbers(numbers, where, None, known), dict(zip(known, listing.class_names, strict=True))
+    return of_numbers(numbers, where, train_wnids, known), {}
+
+
+def from_devkit(
+    kit: Devkit, listing: Listing, where: object, train_wnids: Sequence[str] | None, notes: list[str]
+) -> Labels:
+    """Labels of the flat validation images: line i of the devkit belongs to ILSVRC2012_val_0000000i.JPEG."""
+    truth = kit.ground_truth()
+    line_of = {file.name: int(match[1]) for file in listing.files if (match := _VAL_IMAGE.search(file.name))}
+    if not line_of:
+        raise DataError(
+            f"{where} holds no ILSVRC2012_val_00000001.JPEG, ..., which {kit.path} labels: give --labels FILE"
+        )
+    listing.leave_out(lambda file: file.name in line_of, "not one of ILSVRC's validation images")
+    if max(line_of.values()) > len(truth) or min(line_of.values()) < 1:
+        raise DataError(
+            f"{where} has image number {max(line_of.values())}, but {kit.path} labels only {len(truth)}"
+        )
+    if (count := len(set(line_of.values()))) < len(truth):
+        notes.append(f"{where} has {count:,} of the {len(truth):,} validation images")
+    class_of = {name: kit.wnid_of_id[truth[line - 1]] for name, line in line_of.items()}
+    return of_classes(class_of, where, train_wnids or sorted(kit.wnid_of_id.values()))
+
+
+def from_file(
+    path: Path,
+    listing: Listing,
+    root: Path,
+    train_wnids: Sequence[str] | None,
+    known: Sequence[str],
+    complete: bool = True,
+) -> Labels:
+    """Labels from lines `filename label`; a label is a wnid or a position in the sorted list of wnids.
+
+    complete: every line has to have its image.
+    """
+    listed, missing = _matched(path, listing, root)
+    if missing and complete:
+        raise DataError(f"{path} lists {missing[0]} ({len(missing)} such), which is not among the images")
+    # Thumbs.db and the like have no line; a photograph without one is a mistake
+    listing.leave_out(
+        lambda file: file.name in listed or looks_like_image(file.name), f"no line in {path.name}"
+    )
+    if unlisted := [file.name for file in listing.files if file.name not in listed]:
+        raise DataError(
+            f"{path} has no line for {unlisted[0]} ({len(unlisted)} such): every image needs a label"
+        )
+    used = set(listed.values())
+    numeric = all(label.isascii() and label.isdecimal() for label in used)
+    if not numeric or (train_wnids and used <= set(train_wnids)):
+        return of_classes(listed, path, train_wnids)
+    numbers = {name: int(label) for name, label in listed.items()}
+    if not known and all("/" in name for name in numbers):  # Caffe's lists of class folders: those have names
+        pairs = {(number, name.partition("/")[0]) for name, number in numbers.items()}
+        folders = [folder for _, folder in sorted(pairs)]
+        if [number for number, _ in sorted(pairs)] == list(range(len(set(folders)))):
+            return of_numbers(numbers, path, train_wnids, [readable(folder) for folder in folders])
+    return of_numbers(numbers, path, train_wnids, known)
+
+
+def _matched(path: Path, listing: Listing, root: Path) -> tuple[dict[str, str], list[str]]:
+    """({name of an image: label}, the names in the list for which there is no image)."""
+    names = set(listing.all_names())
+    bases: dict[str, str | None] = {}  # None: several images have that name, in different folders
+    for name in names:
+        base = name.rpartition("/")[2]
+        bases[base] = None if base in bases else name
+    listed: dict[str, str] = {}
+    missing: list[str] = []
+    for wanted, label in _read_labels(path):
+        image = _match(wanted, names, bases)
+        if image is None:
+            missing.append(wanted)
+        elif listed.setdefault(image, label) != label:
+            raise DataError(f"{path} gives {wanted} two labels, {listed[image]} and {label}: delete one")
+    return listed, sorted(missing)
+
+
+def _match(wanted: str, names: set[str], bases: Mapping[str, str | None]) -> str | None:
+    """The image that a list means: by its path, or the end of one where the list has the longer path."""
+    if wanted in names:
+        return wanted
+    parts = [part for part in wanted.split("/") if part not in ("", ".")]
+    for start in range(len(parts)):
+        if (tail := "/".join(parts[start:])) in names:
+            return tail
+    return bases.get(wanted) if "/" not in wanted else None
+
+
+def _read_labels(path: Path) -> list[tuple[str, str]]:
+    lines = _read_lines(path)
+    if lines and lines[0].startswith("ImageId,PredictionString"):  # Kaggle's LOC_val_solution.csv
+        rows = [line.partition(",") for line in lines[1:]]
+        return [(f"{image}.JPEG", boxes.split()[0]) for image, _, boxes in rows if boxes.split()]
+    listed = []
+    for number, line in enumerate(lines, 1):
+        columns = line.strip().split("\t")
+        if len(columns) == 6:  # Tiny ImageNet's val_annotations.txt: name, class and a box
+            listed.append((columns[0], columns[1]))
+            continue
+        name, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        if not name:
+            raise DataError(f"{path}, line {number}: expected `filename label`, found {line[:80]!r}")
+        listed.append((name.strip(), label))
+    return listed
+
+
+def read_names(path: Path) -> dict[str, str]:
+    """wnid -> readable name, from lines `wnid name`; of Tiny ImageNet's words.txt, those in its wnids.txt."""
+    split = (line.strip().replace("\t", " ").partition(" ") for line in _read_lines(path))
+    names = {wnid: name.strip() for wnid, _, name in split}
+    wnids = path.with_name("wnids.txt")
+    if path.name == "words.txt" and wnids.is_file():
+        return {wnid: names.get(wnid, wnid) for line in _read_lines(wnids) if (wnid := line.strip())}
+    return names
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        # File names may hold any bytes: the same escapes as os.scandir uses.
+        text = path.read_text("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    return [line for line in text.splitlines() if line.strip()]
+
+
+class Devkit:
+    """The development kit of ILSVRC 2012, tasks 1 and 2: class names and the labels of the validation set."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the tar.gz or the unpacked folder."""
+        self.path = path
+        self._files = self._load()
+        # id -> wnid of the 1,000 classes; the tree's inner nodes have children and larger ids.
+        self.wnid_of_id: dict[int, str] = {}
+        self.names: dict[str, str] = {}
+        try:
+            import scipy.io  # takes a moment to import, and only the devkit needs it
+
+            mat = self._files[_DEVKIT_MEMBERS[0]]
+            _check_unfolded(mat)
+            synsets = scipy.io.loadmat(io.BytesIO(mat), squeeze_me=True)["synsets"]
+            for synset in synsets.reshape(-1):
+                if int(synset["num_children"]) == 0:
+                    wnid = str(synset["WNID"])
+                    self.wnid_of_id[int(synset["ILSVRC2012_ID"])] = wnid
+                    self.names[wnid] = str(synset["words"])
+        except Exception as error:  # scipy raises nearly anything for a damaged file
+            raise DataError(
+                f"{path} has an unreadable data/meta.mat ({error}): fetch the devkit again"
+            ) from None
+
+    def ground_truth(self) -> list[int]:
+        """The class id of every validation image, in order of their numbers."""
+        try:
+            truth = [int(line) for line in self._files[_DEVKIT_MEMBERS[1]].split()]
+        except ValueError as error:
+            raise DataError(
+                f"{self.path} has a damaged ground truth ({error}): fetch the devkit again"
+            ) from None
+        if unknown := set(truth) - self.wnid_of_id.keys():
+            raise DataError(f"{self.path} labels images with the unknown id {min(unknown)}: fetch it again")
+        return truth
+
+    def _load(self) -> dict[str, bytes]:
+        found = {}
+        try:
+            if self.path.is_dir():
+                found = {name: _read_bounded(self.path / name) for name in _DEVKIT_MEMBERS}
+            else:
+                with tarfile.open(fileobj=_bounded_stream(self.path), mode="r:") as tar:
+                    for member in tar:
+                        for name in _DEVKIT_MEMBERS:
+                            if member.isreg() and f"/{member.name}".endswith(f"/{name}"):
+                                file = tar.extractfile(member)
+                                assert file is not None
+                                found[name] = file.read()
+        except (*TAR_ERRORS, OSError, zlib.error) as error:
+            raise DataError(f"cannot read the devkit {self.path}: {error}") from None
+        for name in _DEVKIT_MEMBERS:
+            if name not in found:
+                raise DataError(
+                    f"{self.path} has no {name}: name {DEVKIT}.tar.gz or the folder it unpacks to"
+                )
+        return found
+
+
+def _read_bounded(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(MAX_DEVKIT_BYTES + 1)
+    if len(content) > MAX_DEVKIT_BYTES:
+        raise ValueError(f"more than {MAX_DEVKIT_BYTES:,} bytes in {path.name}")
+    return content
+
+
+def _bounded_stream(path: Path) -> io.BytesIO:
+    """The devkit's tar, unzipped where it is zipped."""
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if zipped else path.open("rb") as stream:
+        content = stream.read(MAX_DEVKIT_BYTES + 1)
+    if len(content) > MAX_DEVKIT_BYTES:
+        raise ValueError(f"more than {MAX_DEVKIT_BYTES:,} bytes in it")
+    return io.BytesIO(content)
+
+
+def _check_unfolded(mat: bytes) -> None:
+    """ValueError where the compressed elements of a .mat file (version 5) unfold to too much."""
+    position, total = 128, 0
+    while position + 8 <= len(mat):
+        kind, length = struct.unpack_from("<II", mat, position)
+        if kind == 15:  # miCOMPRESSED
+            unzip = zlib.decompressobj()
+            content = unzip.decompress(mat[position + 8 : position + 8 + length], MAX_DEVKIT_BYTES + 1)
+            total += len(content)
+            if total > MAX_DEVKIT_BYTES:
+                raise ValueError(f"more than {MAX_DEVKIT_BYTES:,} bytes in it")
+        position += 8 + length

@@ -1,0 +1,117 @@
+"""What a training asks of a GPU, seen on fake CUDA tensors: nothing waits, nothing changes layout or type."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import fakecuda
+import pytest
+import torch
+
+from model.dropout import KeyedDropout
+from model.lrn import LRN
+from model.parallel.ranks import Ranks
+from model.training import step
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="fake CUDA tensors need torch's CPU build"
+)
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return fakecuda.build_guard(tmp_path_factory.mktemp("guard"))
+
+
+OPTIONS = ("--label-smoothing", 0.1, "--train-error", "--global-batch", 8)
+CASES = [
+    *((variant, amp, ()) for variant in ("paper", "owt", "bn") for amp in ("bf16", "fp16", "off")),
+    ("paper", "bf16", ("--accumulate", 2, "--mixup", 0.2, "--ema", 0.99)),
+    ("owt", "fp16", ("--accumulate", 2)),
+    ("bn", "fp16", ("--optimizer", "lars", "--schedule", "cosine", "--mixup", 0.2)),
+]
+
+
+def maps(calls: list[fakecuda.Call]) -> list[tuple[str, tuple[int, ...]]]:
+    """Activations that are not channels-last: operator and (C, H, W)."""
+    results = [(call.name, *result) for call in calls for result in call.results]
+    return [
+        (name, shape[1:])
+        for name, shape, _, device, last in results
+        if device == "cuda" and len(shape) == 4 and not last
+    ]
+
+
+@pytest.mark.parametrize(("variant", "amp", "more"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_a_steady_step(
+    variant: str, amp: str, more: tuple[object, ...], guard: ctypes.CDLL, dataset: Path, tmp_path: Path
+) -> None:
+    options = ("--variant", variant, "--amp", amp, *OPTIONS, *more)
+    trace = fakecuda.trace_training(guard, dataset, tmp_path / "run", *options)
+    steady, parts = trace.steady(), 2 if "--accumulate" in more else 1
+    # the host does not wait for the device, until the log line after the last step
+    assert [wait for wait in trace.waits if wait[0] == fakecuda.STEADY] == []
+    assert any(phase == f"step {fakecuda.STEPS - 1}" for phase, *_ in trace.waits)
+    # activations stay channels-last from the loader to the flatten before the first fully connected layer
+    assert maps(steady) == [("clone", (256, 6, 6))] * parts
+    on_gpu = [(call, result) for call in steady for result in call.results if result[2] == "cuda"]
+    assert [call.name for call, (shape, dtype, *_) in on_gpu if dtype == torch.float64 and shape] == []
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+    products = [dtype for call, (_, dtype, *_) in on_gpu if call.name in ("convolution", "addmm", "mm")]
+    assert products == [wanted] * 8 * parts
+    # CUDA's kernel takes the lists of the fused optimiser
+    assert trace.refused == [] and sum(call.name == "_fused_sgd_" for call in steady) == 2
+    # forward and update; the masks of dropout alone were 168 launches once
+    assert sum(call.name == "alexnet::dropout" for call in steady) == 2 * parts
+    assert fakecuda.launches(steady) <= 90 * parts + 40 * ("lars" in more)
+    devices = {tensor.device.type for tensor in trace.saved[0]["model"].values()}
+    assert len(trace.saved) == 1 and devices == {"cuda"}  # `checkpoint.save` brings them to the CPU
+
+
+def test_the_trace_shows_faults(
+    guard: ctypes.CDLL, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three faults planted: a copy from the host, a read in each step, a layer that loses the memory format."""
+    forward, loss = LRN.forward, step.cross_entropy
+
+    def copies(self: KeyedDropout, key: int, first_row: int) -> None:
+        self.position.copy_(torch.tensor([key, first_row]))
+        self.keyed = True
+
+    def reads(*arguments: Any) -> torch.Tensor:
+        value = loss(*arguments)
+        float(value)
+        return value
+
+    monkeypatch.setattr(KeyedDropout, "set_position", copies)
+    monkeypatch.setattr(step, "cross_entropy", reads)
+    monkeypatch.setattr(LRN, "forward", lambda self, x: forward(self, x.contiguous()))
+    trace = fakecuda.trace_training(guard, dataset, tmp_path / "run", "--variant", "paper", *OPTIONS)
+    waits = [(what, where) for phase, what, where in trace.waits if phase == fakecuda.STEADY]
+    assert [what for what, _ in waits] == ["copy_ between devices"] * 2 + ["item"]
+    assert waits[-1][1].startswith("model/training/step.py:")
+    assert ("alexnet::lrn", (96, 55, 55)) in maps(trace.steady())
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("layout", "variant", "rank"),
+    [
+        ("data", "paper", 1),
+        ("hybrid", "paper", 0),
+        ("hybrid", "owt", 1),
+        ("towers", "paper", 1),
+    ],
+)
+def test_a_steady_step_of_one_of_two_ranks(
+    layout: str, variant: str, rank: int, amp: str, guard: ctypes.CDLL, dataset: Path, tmp_path: Path
+) -> None:
+    options = ("--variant", variant, "--amp", amp, "--layout", layout, *OPTIONS)
+    ranks = Ranks(rank, 2, 0, 1, gpu=True)
+    trace = fakecuda.trace_training(guard, dataset, tmp_path / "run", *options, ranks=ranks)
+    steady = trace.steady()
+    assert [wait for wait in trace.waits if wait[0] == fakecuda.STEADY] == []
+    computing = {"convolution", "alexnet::lrn", "max_pool2d_with_indices", "relu_", "native_batch_norm"}
+    assert not computing & {name for name, _ in maps(steady)}
+    assert computing & {call.name for call in steady}
+    assert trace.refused == []
