@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from base.errors import DataError
 from pipeline.build.images import RejectedError, prepare
+from pipeline.build.labels import readable
 from pipeline.build.listing import RawImage, RawReader
 from pipeline.load.plan import Plan, Views
 from pipeline.preprocess import Preprocess, network_input, stored_image
@@ -154,9 +155,11 @@ def predict(
     fc7 = run.network.forward_features(images)
     logp = F.log_softmax(run.network.classifier[-1](fc7).float(), dim=1)
     best = logp.exp().topk(min(top, len(run.classes)))
-    labels = {c["wnid"]: i for i, c in enumerate(run.classes)}
+    labels = {c["wnid"]: i for i, c in enumerate(run.classes)}  # as the build names a folder's class
     predictions = [
-        Prediction(path, rgb, list(zip(guess, chance, strict=True)), labels.get(Path(path).parent.name))
+        Prediction(
+            path, rgb, list(zip(guess, chance, strict=True)), labels.get(readable(Path(path).parent.name))
+        )
         for (path, rgb), guess, chance in zip(
             loaded, best.indices.tolist(), best.values.tolist(), strict=True
         )
