@@ -9,7 +9,7 @@ DATA ?=
 # faults: folders of images to begin the damaged ones from
 CORPUS ?=
 
-.PHONY: install demo test test-slow lint bench bench-peers faults
+.PHONY: install demo test test-slow lint bench bench-peers faults gpu
 
 install: $(VENV)/.installed
 
@@ -51,3 +51,9 @@ bench-peers: install
 
 faults: install
 	PYTHONPATH=tests $(BIN)/python -m faults $(foreach folder,$(CORPUS),--corpus '$(folder)')
+
+# on a machine with a GPU: its tests, then a short benchmark whose JSON and table can be pasted into an issue
+gpu: install
+	$(BIN)/python -m pytest -q -m gpu -rs
+	$(BIN)/python tools/benchmark.py --rounds 1 $(foreach stage,lrn step load train ranks,--stage $(stage)) \
+	  --json gpu.json $(if $(DATA),'$(DATA)')

@@ -63,7 +63,7 @@ fi
 
 echo "== docker/Dockerfile on $base"
 # shellcheck disable=SC2086 -- several arguments
-b build ${BUILDAH_ARGS-} --layers=false --build-arg "BASE=$base" --tag localhost/alexnet-dali \
+b build ${BUILDAH_ARGS-} --layers=false --build-arg "BASE=$base" --build-arg STACK=cuda13 --tag localhost/alexnet-dali \
   --file docker/Dockerfile .
 
 echo "== the demo in it, as its own user"

@@ -322,11 +322,10 @@ def trace_training(
 
 def _collectives(ranks: int) -> dict[str, Any]:
     """Stand-ins for what sends between ranks: results of the same shape, type and layout."""
-    funcol = "torch.distributed._functional_collectives"
     return {
-        f"{funcol}.all_gather_single": lambda x, *_: torch.cat([x] * ranks),
-        f"{funcol}.reduce_scatter_single": lambda x, *_: x.chunk(ranks)[0].clone(),
-        f"{funcol}.wait_tensor": lambda x: x,
+        "model.parallel.layouts._gather_single": lambda x, *_: torch.cat([x] * ranks),
+        "model.parallel.layouts._scatter_single": lambda x, *_: x.chunk(ranks)[0].clone(),
+        "torch.distributed._functional_collectives.wait_tensor": lambda x: x,
         "torch.distributed.all_reduce": lambda *_, **__: mock.Mock(),
         "model.parallel.layouts._world": lambda: None,
         "model.parallel.layouts.distribute": lambda network, *_: network,

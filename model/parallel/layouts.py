@@ -29,6 +29,9 @@ from model.dropout import KeyedDropout
 from model.lrn import LRN
 from model.parallel.ranks import Ranks, average_buffers, distribute
 
+# torch before 2.13 has them under older names
+_gather_single = getattr(funcol, "all_gather_single", funcol.all_gather_tensor)
+_scatter_single = getattr(funcol, "reduce_scatter_single", funcol.reduce_scatter_tensor)
 LAYOUTS = ("auto", "data", "hybrid", "towers")
 
 
@@ -278,7 +281,7 @@ class _SplitInputs(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         partial = _scale_gradient(F.linear(x, self.weight), 1 / self.ranks)
-        logits = funcol.wait_tensor(funcol.reduce_scatter_single(partial, "sum", 0, _world()))
+        logits = funcol.wait_tensor(_scatter_single(partial, "sum", 0, _world()))
         return (logits if self.own_rows else _all_gather(logits)) + self.bias
 
 
@@ -312,7 +315,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _all_gather(x: Tensor) -> Tensor:
     """Concatenate x of all ranks, (ranks * N, ...); the gradient is summed over ranks."""
-    return funcol.wait_tensor(funcol.all_gather_single(x.contiguous(), 0, _world()))
+    return funcol.wait_tensor(_gather_single(x.contiguous(), 0, _world()))
 
 
 def _gather_rows(x: Tensor, ranks: int) -> Tensor:

@@ -20,9 +20,9 @@ import numpy as np
 from pipeline.load.plan import Plan, rank_slice
 from pipeline.shards import ShardReader
 
-# n records: HWC RGB uint8 of raw shards, or encoded bytes: mostly one array, (n, longest), with zeros behind them
 READ_AHEAD = 2  # batches that the reader processes are ahead: a slow read does not stall the graph
 PADDED = 3  # times as many bytes with those zeros, at most
+# n records: one array, HWC RGB uint8 of raw shards or encoded bytes with zeros behind them, or a list of arrays
 Records = list[np.ndarray] | np.ndarray
 # arrays over n samples: anchor int32 (n, 2), flip int32 (n,), shift float32 (n, 3) in levels of 0..255
 Cuts = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -35,9 +35,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray]:
     """The records and labels of `samples`.
 
-    DALI spends some 20 us on every array on its way between processes, half of them in the trainer's main thread:
-    encoded records go as one, unless one is so long that the others would be mostly zeros. Decoders end where an
-    image ends, and `ShardReader` sees to it that it does.
+    DALI spends some 20 us on every array on its way between processes, half of them in the trainer's main thread,
+    and copies each to the GPU by itself: records go as one array. Encoded ones are padded, unless one is so long
+    that the others would be mostly zeros: decoders end where an image ends, and `ShardReader` sees to it that it
+    does.
     """
     indices = samples.tolist()
     rows = None
@@ -54,6 +55,8 @@ def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray
         else:  # at once, while it is in the cache: its memory serves for the next
             rows[position, : len(record)] = record
             rows[position, len(record) :] = 0
+    if reader.manifest.encoding == "raw" and len({record.shape for record in records}) == 1:
+        rows = np.stack(records)
     return records if rows is None else rows, np.array(labels, np.int64)
 
 

@@ -34,10 +34,12 @@ def graph(
     half: bool = False,
     parallel: bool = True,
     decoded: bool = False,
+    decoder: str = "mixed",
 ) -> Any:
     """Images (H, W, 3), or (10, H, W, 3) with `ten_crops`, float32 (float16 with `half`), int64 labels, and shapes.
 
-    `device` 'gpu' decodes with nvJPEG ('mixed') and computes on the GPU. `raw` records are HWC pixels. The shapes,
+    `device` 'gpu' computes on the GPU; `decoder` 'mixed' decodes there too, with nvJPEG, and 'cpu' on the host with
+    libjpeg-turbo, as `device` 'cpu' does. `raw` records are HWC pixels. The shapes,
     int64 (3,), are those of the whole images: crops would be cut of images of another size, too.
     `decoded`: whole images, (size, size, 3) uint8, and labels.
     """
@@ -57,18 +59,14 @@ def graph(
     window = types.Constant(np.array([crop, crop], np.int32), device="cpu")
     absolute = {"axes": [0, 1], "normalized_anchor": False, "normalized_shape": False}
     # as tools/build_lmdb.py, which ignores EXIF orientation
-    decoder: dict[str, Any] = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
-    if gpu:
-        decoder["device"] = "mixed"
-        # most of the work to the JPEG engine where there is one, and no allocation after the first batch
-        decoder |= {
-            "hw_decoder_load": 0.9,
-            "preallocate_width_hint": size,
-            "preallocate_height_hint": size,
-        }
+    how: dict[str, Any] = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+    if gpu and decoder == "mixed":
+        how["device"] = "mixed"
+        # no allocation after the first batch, neither in the JPEG engine
+        how |= {"preallocate_width_hint": size, "preallocate_height_hint": size}
 
     if decoded:
-        return record if raw else fn.decoders.image(record, **decoder), label
+        return record if raw else fn.decoders.image(record, **how), label
     anchor, flip, shift = numbers
 
     per_pixel = preprocess.mean_mode == "pixel"
@@ -77,6 +75,9 @@ def graph(
 
     def integers(*values: int) -> Any:
         return types.Constant(np.array(values, np.int32), device="cpu")
+
+    def on_device(pixels: Any) -> Any:
+        return pixels.gpu() if gpu else pixels
 
     def normalized(image: Any, anchor: Any, flip: Any) -> Any:
         """Mirror, colour, mean of an image already cropped at `anchor`."""
@@ -99,7 +100,7 @@ def graph(
         return out
 
     if ten_crops:  # paper 4.1: the four corners and the centre, then all five mirrored
-        image = (record.gpu() if gpu else record) if raw else fn.decoders.image(record, **decoder)
+        image = on_device(record if raw else fn.decoders.image(record, **how))
         views = []
         for corner, mirrored in zip(*ten_views(size, crop), strict=True):
             at = integers(*corner)
@@ -108,10 +109,10 @@ def graph(
         images = fn.stack(*views)
     else:
         if raw:
-            image = fn.slice(record.gpu() if gpu else record, anchor, window, **absolute)
+            image = fn.slice(on_device(record), anchor, window, **absolute)
         else:
             # decodes no more than the crop; equal to decoding all and cropping, bit for bit on the CPU
-            image = fn.decoders.image_slice(record, anchor, window, **decoder, **absolute)
+            image = on_device(fn.decoders.image_slice(record, anchor, window, **how, **absolute))
         images = normalized(fn.reshape(image, layout="HWC") if raw else image, anchor, flip)
     shapes = record.shape(dtype=types.INT64) if raw else fn.peek_image_shape(record)
-    return images, label.gpu() if gpu else label, shapes
+    return images, on_device(label), shapes

@@ -11,12 +11,12 @@ https://docs.nvidia.com/deeplearning/dali/user-guide/docs/operations/nvidia.dali
 from __future__ import annotations
 
 import multiprocessing
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from nvidia import dali
 from nvidia.dali import Pipeline
 
 from base.errors import DataError
@@ -29,10 +29,7 @@ from pipeline.load.views import ViewCutter, ten_views
 from pipeline.preprocess import Preprocess, decode
 from pipeline.shards import Manifest, ShardReader
 
-MEANS = ("pixel", "channel", "none")
-# their stubs know neither keyword dictionaries nor constants as arguments
-fn: Any = dali.fn
-types: Any = dali.types
+DECODERS = ("mixed", "cpu")
 
 
 def record_bytes(manifest: Manifest) -> int:
@@ -47,6 +44,7 @@ class Loader:
     With `ten_crops` images are (N, 10, 3, crop, crop). `device`: 'cpu', or 'gpu' with its `device_id`. `dtype` is
     float32, on a GPU also float16, on the CPU bfloat16: what autocast would make of float32, without the trip
     through memory; any other is made of float32 in the end. `fused` False: DALI's operators on the CPU too.
+    `decoder`, on a GPU: 'mixed' (nvJPEG) or 'cpu' (libjpeg-turbo on the host: the pixels of a CPU run).
     `workers` processes read the shards; 0 reads in this process. `prefetch` batches are made ahead (2 on a
     GPU, 1 on the CPU, where the batch is made when it is asked for). Batches are on `device`. Tensors stay valid
     as long as they are held. A training loader ends at its feed's end_step; an evaluation loader can be
@@ -68,6 +66,7 @@ class Loader:
         ten_crops: bool = False,
         dtype: torch.dtype = torch.float32,
         fused: bool = True,
+        decoder: str = "mixed",
     ) -> None:
         self.feed = feed
         self.preprocess = preprocess
@@ -98,6 +97,7 @@ class Loader:
             half=dtype == torch.float16,
             parallel=workers > 0,
             decoded=self._cutter is not None,
+            decoder=decoder,
             batch_size=batch,
             num_threads=threads,
             device_id=device_id,
@@ -223,3 +223,32 @@ def eval_loader(
     """One rank's share of a whole set, every image once, centre crop (or ten crops); last batch may be smaller."""
     feed = EvalFeed(reader, batch, preprocess.size, preprocess.crop, rank, world_size)
     return Loader(feed, preprocess, batch, **options)
+
+
+def choose_decoder(
+    reader: ShardReader, preprocess: Preprocess, batch: int, *, batches: int = 8, **options: Any
+) -> tuple[str, str]:
+    """For --decoder auto: the decoder that is faster on this GPU and these host cores, and a line that says so.
+
+    Times both over `batches` batches of the set after a first one, without a training beside them.
+
+    Args:
+        options: of `eval_loader`, with device "gpu".
+    """
+    if reader.manifest.encoding == "raw":
+        return "cpu", "records are pixels: nothing to decode"
+    rates = {}
+    for decoder in DECODERS:
+        loader = eval_loader(reader, preprocess, batch, decoder=decoder, **options)
+        try:
+            next(loader)
+            start, images = time.perf_counter(), 0
+            for _, (_, labels) in zip(range(batches), loader, strict=False):
+                images += len(labels)
+            torch.cuda.synchronize()
+            rates[decoder] = images / (time.perf_counter() - start)
+        finally:
+            loader.close()
+    best = max(DECODERS, key=rates.__getitem__)
+    speeds = ", ".join(f"{decoder} {rate:,.0f} images/s" for decoder, rate in rates.items())
+    return best, f"decoder {best} ({speeds})"

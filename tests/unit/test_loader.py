@@ -15,8 +15,6 @@ from faults.processes import shared_memory_of
 from base.errors import DataError
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
-from pipeline.load.feed import EvalFeed
-from pipeline.load.graph import graph
 from pipeline.load.loader import eval_loader, train_loader
 from pipeline.load.plan import Plan, rank_slice
 from pipeline.preprocess import MEANS, Preprocess
@@ -166,29 +164,6 @@ def test_reader_processes_give_the_same_and_end_with_the_loader(dataset):
     apart.close()
     assert set(multiprocessing.active_children()) == children
     assert not shared & {path.name for path in Path("/dev/shm").iterdir()}
-
-
-@pytest.mark.parametrize("mode", ["pixel", "channel"])
-@pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("ten_crops", [False, True])
-def test_the_gpu_form_serializes_without_a_gpu(dataset, mode, raw, ten_crops):
-    """Serializing checks every operator, argument and backend of the graph."""
-    preprocess = Preprocess.load(dataset / "train", 224, mode)
-    pipe = graph(
-        EvalFeed(ShardReader(dataset / "val"), 8, 256, 224, 0, 1),
-        preprocess,
-        "gpu",
-        raw=raw,
-        ten_crops=ten_crops,
-        half=True,
-        batch_size=8,
-        num_threads=1,
-        device_id=None,
-        py_start_method="spawn",
-        exec_dynamic=True,
-    )
-    text = pipe.serialize()
-    assert (b"mixed" in text) == (not raw) and b"CropMirrorNormalize" in text and b"gpu" in text
 
 
 @pytest.mark.gpu

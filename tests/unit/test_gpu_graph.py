@@ -1,0 +1,93 @@
+"""The DALI graph in its GPU form, as far as a machine without a GPU can check it."""
+
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.build.sources import open_source
+from pipeline.build.split import Options, build_split
+from pipeline.load import loader
+from pipeline.load.feed import EvalFeed
+from pipeline.load.graph import graph
+from pipeline.load.loader import choose_decoder
+from pipeline.preprocess import MEANS, Preprocess
+from pipeline.shards import ShardReader
+
+
+@pytest.mark.parametrize("records", ["mixed", "cpu", "raw"])
+@pytest.mark.parametrize("mode", MEANS)
+def test_all_forms_serialize(records: str, mode: str, dataset: Path) -> None:
+    """Serializing checks each operator, its arguments and backend."""
+    preprocess = Preprocess.load(dataset / "train", 224, mode)
+    feed = EvalFeed(ShardReader(dataset / "val"), 8, 256, 224, 0, 1)
+    for ten_crops, half, parallel in product((False, True), repeat=3):
+        pipe = graph(
+            feed,
+            preprocess,
+            "gpu",
+            raw=records == "raw",
+            ten_crops=ten_crops,
+            half=half,
+            parallel=parallel,
+            decoder="cpu" if records == "cpu" else "mixed",
+            batch_size=8,
+            num_threads=1,
+            device_id=None,
+            py_start_method="spawn",
+            exec_dynamic=True,
+        )
+        text = pipe.serialize()
+        assert (b"mixed" in text) == (records == "mixed")
+        assert (b"decoders" in text) == (records != "raw")
+        assert b"CropMirrorNormalize" in text and b"gpu" in text
+
+
+def test_raw_records_travel_as_one_array(class_folders: Path, tmp_path: Path) -> None:
+    """So DALI copies them to the GPU at once."""
+    build_split(open_source(class_folders / "val", "val"), tmp_path, Options(256, "raw", None), workers=1)
+    reader = ShardReader(tmp_path / "val")
+    records, labels = EvalFeed(reader, 5, 256, 224, 0, 1).records(type("Info", (), {"iteration": 1}))
+    assert isinstance(records, np.ndarray) and records.shape == (5, 256, 256, 3)
+    for row, index in enumerate(range(5, 10)):
+        pixels, label = reader.read(index)
+        assert np.array_equal(records[row], pixels) and labels[row] == label
+
+
+@pytest.mark.parametrize(("mixed", "cpu", "expected"), [(0.5, 0.1, "cpu"), (0.1, 0.5, "mixed")])
+def test_the_faster_decoder_is_chosen(
+    mixed: float, cpu: float, expected: str, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, closed = [0.0], []
+
+    class Batches:
+        """Loaders that take `mixed` and `cpu` seconds a batch."""
+
+        def __init__(self, decoder: str) -> None:
+            self.decoder = decoder
+
+        def __iter__(self) -> "Batches":
+            return self
+
+        def __next__(self) -> tuple[None, torch.Tensor]:
+            clock[0] += {"mixed": mixed, "cpu": cpu}[self.decoder]
+            return None, torch.zeros(64)
+
+        def close(self) -> None:
+            closed.append(self.decoder)
+
+    def batches(*_: Any, decoder: str, **__: Any) -> Batches:
+        return Batches(decoder)
+
+    monkeypatch.setattr(loader, "eval_loader", batches)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    reader, preprocess = ShardReader(dataset / "train"), Preprocess.load(dataset / "train")
+    chosen, line = choose_decoder(reader, preprocess, 64, batches=4)
+    # a loader may be asked for one batch more than is counted
+    assert chosen == expected and closed == ["mixed", "cpu"]
+    assert line.startswith(f"decoder {expected} (mixed ") and "images/s" in line
