@@ -138,7 +138,7 @@ def train(ranks: Ranks, config: Config) -> None:
     from model.training.state import TrainState
     from model.training.step import train_step
     from model.training.weights import load_weights
-    from pipeline.load.loader import eval_loader, train_loader
+    from pipeline.load.loader import choose_decoder, eval_loader, train_loader
     from pipeline.load.plan import Plan
     from pipeline.preprocess import Preprocess
 
@@ -188,6 +188,14 @@ def train(ranks: Ranks, config: Config) -> None:
         "workers": config.workers,
         "dtype": input_dtype(state.amp, ranks.device, config.mixup),
     }
+    said = ""
+    if ranks.gpu:
+        if config.decoder == "auto":
+            faster, said = choose_decoder(
+                val_set, preprocess, config.global_batch // ranks.world_size, **loader_options
+            )
+            config.decoder = "cpu" if ranks.any(faster == "cpu") else "mixed"  # the same pixels on all ranks
+        loader_options["decoder"] = config.decoder
     train_batches = train_loader(
         train_set,
         plan,
@@ -212,7 +220,7 @@ def train(ranks: Ranks, config: Config) -> None:
             tensorboard=config.tensorboard,
             progress=config.progress,
         )
-    log.say(state.describe())
+    log.say(", ".join(line for line in (state.describe(), said) if line))
     if state.begins_with:
         log.say(
             f"begins with {state.begins_with}" + ("; the convolutions are frozen" if config.freeze else "")

@@ -283,7 +283,19 @@ def trace_training(
     Of several `ranks` this is one. Collectives have stand-ins of the same shapes, DDP is left out, and training
     ends after STEADY.
     """
-    given = ["--data", data, "--out", out, "--epochs", 1, "--no-progress", "--no-tensorboard", *options]
+    given = [
+        "--data",
+        data,
+        "--out",
+        out,
+        "--epochs",
+        1,
+        "--no-progress",
+        "--no-tensorboard",
+        "--decoder",
+        "mixed",
+        *options,
+    ]
     with train.main.make_context("train.py", list(map(str, given))) as context:
         config = Config(**context.params)
     config.fill(1000)

@@ -233,6 +233,10 @@ class Config:
     compiled: bool = opt(
         "Speed", "torch.compile the network.", False, flag="--compile/--no-compile", resumable=True
     )
+    decoder: str = opt(
+        "Speed", "On a GPU, what decodes: mixed is nvJPEG, cpu is libjpeg-turbo on the host; auto times both "
+        "at the start.", "auto", type=click.Choice(["auto", "mixed", "cpu"]), resumable=True,
+    )  # fmt: skip
     deterministic: bool = opt(
         "Speed", "On a GPU, the same bits for every run: slower.", False, flag="--deterministic/--no-deterministic",
         resumable=True,

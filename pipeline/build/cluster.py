@@ -31,6 +31,7 @@ import dask
 import google.protobuf
 import lmdb
 import numpy as np
+import PIL
 from distributed import Client, Future, KilledWorker, Security, get_worker
 from distributed.comm.addressing import parse_host_port
 from distributed.core import connect
@@ -332,6 +333,7 @@ def _versions() -> dict[str, str]:
         "OpenCV": cv2.__version__,
         "LMDB": f"{lmdb.__version__}, library {'.'.join(map(str, lmdb.version()))}",
         "NumPy": np.__version__,
+        "Pillow": PIL.__version__,
         "protobuf": google.protobuf.__version__,
     }
 

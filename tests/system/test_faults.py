@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import faults.processes
 import pytest
@@ -180,11 +181,16 @@ def test_a_shard_with_another_number_of_records_is_refused_at_the_start(
 # --- checkpoints -------------------------------------------------------------------------------------------
 
 
+def a_checkpoint(step: int) -> dict[str, Any]:
+    """The least that is one."""
+    return {"step": step, "model": {"weight": torch.ones(1)}}
+
+
 def test_a_kill_between_best_and_numbered_loses_neither(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Checkpoints(tmp_path)
-    run.save({"step": 1}, best=True)
+    run.save(a_checkpoint(1), best=True)
     replace, calls = Path.replace, []
 
     def killed_at_the_second(self: Path, target: Path) -> Path:
@@ -195,10 +201,10 @@ def test_a_kill_between_best_and_numbered_loses_neither(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", killed_at_the_second)
-        run.save({"step": 2}, best=True)
+        run.save(a_checkpoint(2), best=True)
     # step 2 is to be repeated, and its best is there already, not missing for ever
     assert run.newest()["step"] == 1 and load(tmp_path / "best.pt")["step"] == 2
-    run.save({"step": 2}, best=True)
+    run.save(a_checkpoint(2), best=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("best.pt", "checkpoint-000000001.pt", "checkpoint-000000002.pt")
     ]
@@ -208,7 +214,7 @@ def test_falling_back_names_what_it_passes_over(tmp_path: Path) -> None:
     run = Checkpoints(tmp_path)
     said: list[str] = []
     for step in (1, 2):
-        run.save({"step": step})
+        run.save(a_checkpoint(step))
     run.paths()[0].write_bytes(b"cut")
     assert run.newest(fall_back=True, say=said.append)["step"] == 1
     assert len(said) == 1 and "checkpoint-000000002.pt is damaged" in said[0]

@@ -44,7 +44,7 @@ def bench_peers(bench: Bench) -> Iterator[Row]:
             interpreter = Path(sys.executable) if name in OWN else python
             result = run_loader(name, interpreter, config, bench.work / name)
             if isinstance(result, str):
-                tqdm.write(f"peers: {name} is left out: {result}")
+                tqdm.write(f"peers: {name} is left out: {result}", file=sys.stderr)
                 del turns[name]
             else:
                 turns[name].append(result)

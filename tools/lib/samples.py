@@ -20,15 +20,14 @@ from tqdm import tqdm
 
 from base.errors import DataError
 from pipeline.build.images import RejectedError, prepare
-from pipeline.build.listing import RawImage, RawReader
+from pipeline.build.labels import readable
+from pipeline.build.listing import RawImage, RawReader, looks_like_image
 from pipeline.load.plan import Plan, Views
 from pipeline.preprocess import Preprocess, network_input, stored_image
 from pipeline.shards import ShardReader
 from tools.lib.cli import TOP, echo, printable
 from tools.lib.runs import Run, class_names
 
-# a file in a folder that does not decode is an error if it is called like an image, else no image
-SUFFIXES = {".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp"}
 HEADERS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")  # of images, as opposed to lists of paths
 BATCH = 32
 NEIGHBOURS = 6  # as in figure 4 of the paper
@@ -74,7 +73,7 @@ def find_images(arguments: Iterable[str]) -> Iterator[Photograph]:
         elif Path(argument).is_dir():
             for path in sorted(p for p in Path(argument).rglob("*") if p.is_file()):
                 if not any(part.startswith(".") for part in path.relative_to(argument).parts):
-                    yield Photograph(str(path), path.suffix.lower() in SUFFIXES)
+                    yield Photograph(str(path), looks_like_image(path.name))
         else:
             yield Photograph(argument, True)
 
@@ -154,9 +153,11 @@ def predict(
     fc7 = run.network.forward_features(images)
     logp = F.log_softmax(run.network.classifier[-1](fc7).float(), dim=1)
     best = logp.exp().topk(min(top, len(run.classes)))
-    labels = {c["wnid"]: i for i, c in enumerate(run.classes)}
+    labels = {c["wnid"]: i for i, c in enumerate(run.classes)}  # as the build names a folder's class
     predictions = [
-        Prediction(path, rgb, list(zip(guess, chance, strict=True)), labels.get(Path(path).parent.name))
+        Prediction(
+            path, rgb, list(zip(guess, chance, strict=True)), labels.get(readable(Path(path).parent.name))
+        )
         for (path, rgb), guess, chance in zip(
             loaded, best.indices.tolist(), best.values.tolist(), strict=True
         )
