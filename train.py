@@ -49,7 +49,6 @@ def main(config: Config) -> None:
     check_folder(config)
     images, classes = check_data(config)
 
-    import torch
 
     from model.parallel.ranks import count_gpus, launch, under_torchrun
     from model.training.log import writing
@@ -62,12 +61,8 @@ def main(config: Config) -> None:
         check_folder(config)  # runs/VARIANT, which is known now
     chosen = config.fill(images)
     check_network(config, classes, weights)
-    if under_torchrun():
-        gpus = 0 if config.gpus == 0 else torch.cuda.device_count()
-        ranks = int(os.environ["WORLD_SIZE"])
-    else:
-        gpus = count_gpus(config.gpus)
-        ranks = gpus or config.cpu_ranks
+    gpus = count_gpus(config.gpus)
+    ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun() else gpus or config.cpu_ranks
     config.check_ranks(ranks, gpus)
     with writing(config.folder):
         make_directory(config.folder)
@@ -161,10 +156,11 @@ def train(ranks: Ranks, config: Config) -> None:
     if ranks.gpu:
         torch.backends.cudnn.benchmark = not config.deterministic  # chooses algorithms by time
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-        torch.set_float32_matmul_precision("high")
     manifest = train_set.manifest
     weights = load_weights(config.weights) if config.weights and not config.resume else None
     state = TrainState(config, ranks, plan, manifest.classes, preprocess, manifest.content_sha256, weights)
+    if ranks.gpu:
+        torch.backends.cudnn.allow_tf32 = state.amp is not None  # --amp off means float32
     if config.resume:
         state.resume(click.echo if ranks.first else lambda line: None)
     state.check_same_step()

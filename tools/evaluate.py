@@ -59,7 +59,7 @@ def main(**config: Any) -> None:
     split_dir = data_of(config["runs"][0], config["data"]) / config["split"]
     count = Manifest.load(split_dir).count
     if under_torchrun():
-        gpu, ranks = config["gpus"] != 0 and torch.cuda.is_available(), int(os.environ["WORLD_SIZE"])
+        gpu, ranks = count_gpus(config["gpus"]) > 0, int(os.environ["WORLD_SIZE"])
     else:
         gpus = config["gpus"]
         gpus = min(1, torch.cuda.device_count()) if gpus is None else count_gpus(gpus)

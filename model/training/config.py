@@ -230,9 +230,6 @@ class Config:
         "Speed", "Mixed precision; auto: bf16 where the device computes it, fp16 on older GPUs, else off.", "auto",
         type=click.Choice(["auto", "bf16", "fp16", "off"]), resumable=True,
     )  # fmt: skip
-    compiled: bool = opt(
-        "Speed", "torch.compile the network.", False, flag="--compile/--no-compile", resumable=True
-    )
     decoder: str = opt(
         "Speed", "On a GPU, what decodes: mixed is nvJPEG, cpu is libjpeg-turbo on the host; auto times both "
         "at the start.", "auto", type=click.Choice(["auto", "mixed", "cpu"]), resumable=True,
@@ -390,10 +387,6 @@ class Config:
                 f"--global-batch {self.global_batch} does not divide into {ranks} ranks "
                 f"x --accumulate {self.accumulate}"
             )
-        if self.compiled and self.layout == "auto":
-            self.layout = "data"
-        if self.layout != "data" and self.compiled:
-            raise click.UsageError("--compile goes with --layout data")
         if self.compress and ranks == 1:
             raise click.UsageError("--compress is for several ranks: there is one")
         if self.compress and self.layout == "towers":

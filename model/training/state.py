@@ -103,10 +103,8 @@ class TrainState:
 
     def start(self) -> None:
         """Make the module to call in training, after a checkpoint was loaded and before the first step."""
-        # DDP may take the graph as static when one eager backward pass makes a step
-        static = self.config.accumulate == 1 and not self.config.compiled
-        self.parallel = self.layout.distribute(static, self.config.compress)
-        self.forward = torch.compile(self.parallel) if self.config.compiled else self.parallel
+        # DDP may take the graph as static when one backward pass makes a step
+        self.forward = self.layout.distribute(self.config.accumulate == 1, self.config.compress)
         self.train_mode()
 
     def train_mode(self) -> None:

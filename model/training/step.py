@@ -37,7 +37,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> None:
     for first in range(0, layout.batch, part):
         rows = slice(first, first + part)
         state.network.set_position(dropout_key, layout.first_row + first)
-        with reduces(state.parallel, last=rows.stop == layout.batch):
+        with reduces(state.forward, last=rows.stop == layout.batch):
             with torch.autocast(device, state.amp or torch.bfloat16, enabled=state.amp is not None):
                 logits = state.forward(images[rows]).float()
                 shares = None if keep is None else keep[rows]
