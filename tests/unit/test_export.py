@@ -80,7 +80,7 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, onnx_file):
         "INTER_AREA",
         "INTER_CUBIC",
         f"{CROP} x {CROP}",
-        "from 80",
+        f"from {(256 - CROP) // 2}",
         "mean_pixels",
     ):
         assert words in said["preprocess_text"]
