@@ -34,7 +34,7 @@ from train import main as train_command
 
 ROOT = Path(__file__).parents[2]
 # options of train.py that say how a job is computed, not what
-RUNTIME_OPTIONS = {f.name for f in fields(Config) if f.metadata["group"] in ("Speed", "Job")}
+RUNTIME_OPTIONS = {f.name for f in fields(Config) if f.metadata["group"] in ("Speed", "Run")}
 
 
 @dataclass
