@@ -49,7 +49,6 @@ def main(config: Config) -> None:
     check_folder(config)
     images, classes = check_data(config)
 
-
     from model.parallel.ranks import count_gpus, launch, under_torchrun
     from model.training.log import writing
     from model.training.weights import load_weights

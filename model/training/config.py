@@ -164,7 +164,7 @@ class Config:
     )
     lr: float | None = opt(
         "Training", "Learning rate.", type=click.FloatRange(0, min_open=True),
-        shown="0.01; with --weights 0.001 for own photographs",
+        shown="0.01; 0.001 for the CIFAR variants",
     )  # fmt: skip
     base_batch: int | None = opt(
         "Training", "--lr is for a batch of this size and grows with --global-batch.", type=COUNT, shown="off"
@@ -295,13 +295,12 @@ class Config:
         ImageNet's values are the paper's. Few images make few steps: smaller batches, a rate that rises over the
         first epoch and falls to zero at the end.
         """
-        from_weights = self.weights is not None
         own = images < OWN_DATA
         batch = 128 if not own else max(32, min(128, 2 ** int(math.log2(max(1, images // 64)))))
         chosen = {
             "variant": "paper",
             "global_batch": max(1, min(batch, images)),
-            "lr": 0.001 if from_weights and own else 0.01,
+            "lr": 0.01,
             "schedule": "cosine" if own else "plateau",
             "warmup_epochs": 1.0 if own else 0.0,
             "mean": "pixel",
@@ -317,7 +316,7 @@ class Config:
         for name, value in {**chosen, **given}.items():
             setattr(self, name, value)
         self.init = self.init or DEFAULT_INIT[str(self.variant)]
-        start = f"the weights of {self.weights}" if from_weights else f"{self.init}'s initial weights"
+        start = f"the weights of {self.weights}" if self.weights else f"{self.init}'s initial weights"
         return (
             f"{images:,} training images: {start}, batches of {self.global_batch}, rate {self.lr:g}, "
             f"schedule {self.schedule}, {self.warmup_epochs:g} epoch{'s' * (self.warmup_epochs != 1)} of warm-up"

@@ -1,10 +1,12 @@
 """tools/show.py: pictures that can be opened and that show the very numbers they claim to show."""
 
 import base64
+import json
 import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -150,6 +152,7 @@ def test_report_is_one_file_that_loads_nothing(run, dataset, tmp_path):
     out = tmp_path / "r.html"
     invoke("report", run, "--data", dataset, "--out", out, "--gpus", 0, "--workers", 0, "--no-progress")
     page = out.read_text()
+    assert "only guessed" not in page
     sources = Sources()
     sources.feed(page)
     pictures = [s for s in sources.found if not s.startswith("#")]
@@ -161,6 +164,17 @@ def test_report_is_one_file_that_loads_nothing(run, dataset, tmp_path):
     assert "url(" not in page and "<script" not in page and "astronaut" in page
     ids = set(re.findall(r'<h2 id="([^"]+)"', page))
     assert {s[1:] for s in sources.found if s.startswith("#")} == ids
+
+
+def test_report_tells_that_a_run_only_guessed(run, dataset, tmp_path):
+    stuck = Path(shutil.copytree(run, tmp_path / "stuck"))
+    with (stuck / "log.jsonl").open("a") as log:
+        log.write(
+            json.dumps({"kind": "guessing", "epoch": 2, "step": 300, "loss": 1.4, "guess": 1.386}) + "\n"
+        )
+    out = tmp_path / "r.html"
+    invoke("report", stuck, "--data", dataset, "--out", out, "--gpus", 0, "--workers", 0, "--no-progress")
+    assert "only guessed" in (page := out.read_text()) and "1.386" in page
 
 
 def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path):

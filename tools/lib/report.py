@@ -61,6 +61,11 @@ def make_report(
         "judged on": f"{overall['count']:,} images of {val.split_dir}, "
         + ("centre crop" if crops == 1 else f"{crops} crops"),
     }
+    if stuck := next((entry for entry in log if entry["kind"] == "guessing"), None):
+        facts["only guessed"] = (
+            f"after {stuck['step']:,} steps the training loss was {stuck['loss']:.3f}; that of always answering "
+            f"with the frequencies of the classes was {stuck['guess']:.3f}"
+        )
     counts = {split: count_classes(reader, split, progress) for split, reader in readers.items()}
     classes = trained.classes
     first = training_batch(train, plan, trained.preprocess, step=0, images=8)
