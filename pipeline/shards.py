@@ -315,7 +315,9 @@ class ShardWriter:
         self._crcs: list[int] = []
         # The file is worthless until the final sync, and only this process knows it: no sync, no lock file.
         # Not a sparse `writemap`: that turns a full disk into SIGBUS.
-        self._env = lmdb.open(str(directory), map_size=1 << 24, sync=False, metasync=False, lock=False)
+        self._env = lmdb.open(
+            os.fsencode(directory), map_size=1 << 24, sync=False, metasync=False, lock=False
+        )
 
     def append(self, data: bytes, label: int) -> None:
         """Store one image (`data` as the encoding wants it) under the next key."""
@@ -387,7 +389,7 @@ def _environment(directory: Path) -> Any:
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         # readahead=False: reads are random, pages read ahead would only push others out of memory.
-        env = lmdb.open(str(directory), readonly=True, lock=False, readahead=False, create=False)
+        env = lmdb.open(os.fsencode(directory), readonly=True, lock=False, readahead=False, create=False)
         _environments[key] = env
     return env
 

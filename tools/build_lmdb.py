@@ -27,6 +27,7 @@ from pipeline.build.sources import (
 from pipeline.build.split import MAX_IMAGES_PER_SHARD, Options, Summary, build_split
 from pipeline.build.workspace import refuse_taken
 from pipeline.shards import ENCODINGS, MANIFEST, Manifest
+from tools.lib.cli import echo
 
 DEFAULT_QUALITY = 90
 SHOWN_REASONS = 5
@@ -145,7 +146,7 @@ def main(
         source, out = source.absolute(), out.absolute()
     try:
         if is_archive(source):
-            click.echo(f"unpacking {source}", err=True)
+            echo(f"unpacking {source}", err=True)
             source = click.get_current_context().with_resource(unpacked(source, out))
         if source.is_dir() and source.resolve() == out.resolve():
             raise DataError(f"{out} is the folder of the images: name another OUT")
@@ -161,7 +162,7 @@ def main(
             folder, more = not_read(source, splits, [path for path in (out, labels, devkit, names) if path])
             if more:
                 some = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
-                click.echo(f"{folder} holds {some} beside {' and '.join(splits)}: not read", err=True)
+                echo(f"{folder} holds {some} beside {' and '.join(splits)}: not read", err=True)
         # all of them, before hours go into the first; with --resume each is looked at in its turn
         for name in () if resume else (*splits, *(["val"] if val_fraction else [])):
             refuse_taken(out / name, resume=False, overwrite=overwrite)
@@ -182,7 +183,7 @@ def main(
             splits[images.split] = images.path
         missing = {"train": "val", "val": "train"}.get("".join(splits))
         if missing and not (out / missing / MANIFEST).exists():
-            click.echo(
+            echo(
                 f"train.py needs {out / missing} too: build it from other images with --split {missing}"
                 + (
                     ", or from a part of these with --val-fraction 0.2 --overwrite"
@@ -191,7 +192,7 @@ def main(
                 )
             )
     except KeyboardInterrupt:
-        click.echo("\nInterrupted: continue with --resume.", err=True)
+        echo("\nInterrupted: continue with --resume.", err=True)
         sys.exit(130)
 
 
@@ -220,9 +221,9 @@ def _listed(
                 tick=partial(_count, bar),
             )
         for note in source.notes:
-            click.echo(note, err=True)
+            echo(note, err=True)
         if wnids and (missing := missing_classes(source)):
-            click.echo(f"{path} has no images of {_some(missing)}, which the training set has", err=True)
+            echo(f"{path} has no images of {_some(missing)}, which the training set has", err=True)
         sources.append(source)
     if val_fraction is not None:
         sources = list(split_source(sources[0], val_fraction, seed))
@@ -290,24 +291,24 @@ def _report(summary: Summary) -> None:
     accepted, rejected = summary.accepted, len(summary.rejected)
     done = accepted + rejected - summary.resumed
     resumed = f" ({summary.resumed:,} from before)" if summary.resumed else ""
-    click.echo(
+    echo(
         f"{summary.split_dir}: {accepted + rejected:,} images seen{resumed} = {accepted:,} accepted + "
         f"{rejected:,} rejected, {summary.classes:,} classes, {summary.seconds:.1f} s, "
         f"{done / max(summary.seconds, 1e-9):,.0f} images/s"
     )
     for entry in summary.rejected[:SHOWN_REASONS]:
-        click.echo(f"  rejected {entry['source']!r}: {entry['reason']}")
+        echo(f"  rejected {entry['source']!r}: {entry['reason']}")
     if rejected > SHOWN_REASONS:
-        click.echo(f"  and {rejected - SHOWN_REASONS:,} more, all in {summary.split_dir / MANIFEST}")
+        echo(f"  and {rejected - SHOWN_REASONS:,} more, all in {summary.split_dir / MANIFEST}")
     if summary.warned:
-        click.echo(
+        echo(
             f"  {len(summary.warned):,} accepted with warnings, so perhaps damaged (--strict rejects them), all in "
             f"{summary.split_dir / MANIFEST}; {summary.warned[0]['source']!r}: {summary.warned[0]['reason']}"
         )
     if summary.empty_classes:
-        click.echo(f"  no image was accepted of {_some(summary.empty_classes)}")
+        echo(f"  no image was accepted of {_some(summary.empty_classes)}")
     if summary.classes == 1:
-        click.echo("  there is one class only: is SOURCE the folder that holds the class folders?")
+        echo("  there is one class only: is SOURCE the folder that holds the class folders?")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from base.errors import DataError
 from pipeline.build.verify import count_duplicates, verify_split
 from pipeline.shards import MANIFEST, Manifest
+from tools.lib.cli import echo
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -31,7 +32,7 @@ def main(data: Path, workers: int | None) -> None:
     for split in splits:
         damaged += _verify(split, workers or len(os.sched_getaffinity(0)))
     if damaged:
-        click.echo(f"{damaged} damaged: restore those files from a copy or build the split again.", err=True)
+        echo(f"{damaged} damaged: restore those files from a copy or build the split again.", err=True)
         sys.exit(1)
 
 
@@ -46,20 +47,20 @@ def _verify(split: Path, workers: int) -> int:
 
             manifest, reports, problems = verify_split(split, workers, progress)
     except DataError as error:
-        click.echo(f"{split}: {error.message}")
+        echo(f"{split}: {error.message}")
         return 1
-    click.echo(
+    echo(
         f"{split}: {manifest.count:,} images, {len(manifest.classes)} classes, {manifest.encoding}, "
         f"{len(manifest.rejected)} rejected, {count_duplicates(reports)} occurring twice"
     )
     for problem in problems:
-        click.echo(f"  {problem}")
+        echo(f"  {problem}")
     width = max(len(report.name) for report in reports) if reports else 0
     for report in reports:
         state = "damaged" if report.problems else "ok"
-        click.echo(f"  {report.name:{width}}  {report.count:8,} records  {state}")
+        echo(f"  {report.name:{width}}  {report.count:8,} records  {state}")
         for problem in report.problems:
-            click.echo(f"    {problem}")
+            echo(f"    {problem}")
     return len(problems) + sum(bool(report.problems) for report in reports)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def check_shard(check: _ShardCheck, report: Report) -> ShardReport:
     digests = []
     try:
         with (
-            lmdb.open(str(directory), readonly=True, lock=False, create=False) as env,
+            lmdb.open(os.fsencode(directory), readonly=True, lock=False, create=False) as env,
             env.begin(buffers=True) as transaction,
         ):
             if (entries := env.stat()["entries"]) != shard["count"]:

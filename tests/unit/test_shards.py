@@ -38,6 +38,12 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset, tmp_path / "copy"))
 
 
+def test_a_data_set_may_lie_in_a_folder_whose_name_is_not_utf8(dataset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / os.fsdecode(b"caf\xe9")))
+    assert ShardReader(copy / "val").read(0)[1] == ShardReader(dataset / "val").read(0)[1]
+    assert CliRunner().invoke(verify, [str(copy), "--workers", "1"]).exit_code == 0
+
+
 def test_reader_counts_labels_and_places(dataset: Path) -> None:
     reader = ShardReader(dataset / "train")
     assert len(reader) == 96 == reader.manifest.count

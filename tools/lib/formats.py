@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import DataError, ModelError
+from base.files import temporary_path
 from model.alexnet import AlexNet
 from model.lrn import LRN
 from model.training import checkpoint
@@ -30,7 +31,7 @@ TOLERANCE = 1e-4
 
 def write_file(path: Path, write: Callable[[Path], str]) -> str:
     """Make a file by way of a temporary one, so that a failure leaves none that looks whole."""
-    part = path.with_name(f".{path.name}.part")
+    part = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         said = write(part)
