@@ -47,6 +47,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "venv/bin"
 
 
+def test_the_wheel_holds_the_kernels(installed: Path) -> None:
+    """Without the .cpp files an installed trainer would do without them, with a warning and much slower."""
+    (native,) = installed.parent.glob("lib/python*/site-packages/native")
+    sources = {path.name for path in (ROOT / "native").iterdir() if path.suffix in (".cpp", ".h")}
+    assert sources and sources <= {path.name for path in native.iterdir()}
+
+
 def test_the_wheel_is_what_runs_and_names_its_license(installed: Path, tmp_path: Path) -> None:
     code = (
         "import train, importlib.metadata as m; about = m.metadata('alexnet-dali')\n"

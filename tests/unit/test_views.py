@@ -1,10 +1,8 @@
 """The one-pass kernel against DALI's operators, and what happens where it cannot be built."""
 
-import shutil
 import subprocess
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +132,7 @@ def test_what_the_kernel_would_read_beyond_is_refused():
     ):
         with pytest.raises(ValueError, match=r"not torch.* contiguous|beyond an image"):
             cut(*wrong)
-    with pytest.raises(ValueError, match="no crop"):
+    with pytest.raises(ValueError, match="a crop of 4 pixels does not fit a mean image"):
         ViewCutter.of(mean[:, :5], 4, torch.float32, 1)
     assert ViewCutter.of(mean, 4, torch.float16, 1) is None
 
@@ -205,22 +203,6 @@ def test_images_are_of_the_type_that_the_network_takes():
     assert input_dtype(torch.bfloat16, cpu) == torch.bfloat16
     assert input_dtype(torch.bfloat16, cpu, mixup=0.2) == torch.float32
     assert input_dtype(torch.bfloat16, gpu) == input_dtype(torch.float16, gpu, mixup=0.2) == torch.float16
-
-
-def test_the_kernels_are_part_of_an_installed_package(tmp_path):
-    """Without the .cpp files an installed trainer would fail at its first batch."""
-    root, copy = Path(__file__).parents[2], tmp_path / "project"
-    copy.mkdir()
-    for name in ("base", "native", "pipeline", "model", "tools"):
-        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "train.py"):
-        shutil.copy(root / name, copy / name)
-    code = "from setuptools.build_meta import build_wheel; build_wheel('.')"
-    subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, check=True)
-    (wheel,) = copy.glob("*.whl")
-    assert {"native/lrn.cpp", "native/prepare.cpp", "native/views.cpp", "native/bfloat16.h"} <= set(
-        zipfile.ZipFile(wheel).namelist()
-    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
