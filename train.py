@@ -47,7 +47,7 @@ def main(config: Config) -> None:
     if config.freeze and not config.weights:
         raise click.UsageError("--freeze keeps layers of --weights as they are: give --weights too")
     check_folder(config)
-    images, classes = check_data(config)
+    images, classes, size = check_data(config)
 
     from model.parallel.ranks import count_gpus, launch, under_torchrun
     from model.training.log import writing
@@ -56,10 +56,9 @@ def main(config: Config) -> None:
     weights = None
     if config.weights and not config.resume:
         weights = load_weights(config.weights)
-        config.take_network(weights.variant, weights.mean, weights.options)
-        check_folder(config)  # runs/VARIANT, which is known now
+        config.take_network(weights.variant, weights.mean, weights.crop, weights.options)
     chosen = config.fill(images)
-    check_network(config, classes, weights)
+    check_network(config, classes, size, weights)
     gpus = count_gpus(config.gpus)
     ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun() else gpus or config.cpu_ranks
     config.check_ranks(ranks, gpus)
@@ -86,8 +85,8 @@ def check_folder(config: Config) -> None:
         raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
 
 
-def check_data(config: Config) -> tuple[int, int]:
-    """The numbers of training images and classes; raises DataError where the data set cannot be trained on."""
+def check_data(config: Config) -> tuple[int, int, int]:
+    """Training images, classes and an image's side in pixels; raises DataError where the data cannot be used."""
     count = 0
     classes = {}
     for split in ("train", "val"):
@@ -99,21 +98,21 @@ def check_data(config: Config) -> tuple[int, int]:
         reader.close()
     if classes["train"] != classes["val"]:
         raise DataError(f"train and val in {config.data} have different classes: build val again")
-    if (config.variant or "").startswith("cifar") and size > 64:
-        raise ModelError(
-            f"variant {config.variant} is for images of 32 pixels, those in {config.data} have {size}: "
-            "build them with --size 32, or take another --variant"
-        )
-    return count, len(classes["train"])
+    return count, len(classes["train"]), size
 
 
-def check_network(config: Config, classes: int, weights: Weights | None) -> None:
-    """Raises ModelError where the options make no network, or one that the weights do not fit."""
+def check_network(config: Config, classes: int, size: int, weights: Weights | None) -> None:
+    """Raises ModelError where the options make no network, or one that the data or the weights do not fit."""
     import torch
 
     from model.alexnet import AlexNet
     from model.training import recipe
 
+    if str(config.variant).startswith("cifar") and size > 64:
+        raise ModelError(
+            f"variant {config.variant} is for images of 32 pixels, those in {config.data} have {size}: "
+            "build them with --size 32, or take another --variant"
+        )
     with torch.device("meta"):  # no memory, no work
         network = AlexNet(classes, str(config.variant), image_size=config.crop, **config.network_options)
     recipe.check_init(str(config.init), str(config.variant))
@@ -132,7 +131,7 @@ def train(ranks: Ranks, config: Config) -> None:
     from model.training.state import TrainState
     from model.training.step import train_step
     from model.training.weights import load_weights
-    from pipeline.load.loader import choose_decoder, eval_loader, train_loader
+    from pipeline.load.loader import DECODERS, eval_loader, time_decoders, train_loader
     from pipeline.load.plan import Plan
     from pipeline.preprocess import Preprocess
 
@@ -183,14 +182,15 @@ def train(ranks: Ranks, config: Config) -> None:
         "workers": config.workers,
         "dtype": input_dtype(state.amp, ranks.device, config.mixup),
     }
-    said = ""
+    decoder_rates = ""
     if ranks.gpu:
-        if config.decoder == "auto":
-            faster, said = choose_decoder(
-                val_set, preprocess, config.global_batch // ranks.world_size, **loader_options
-            )
-            config.decoder = "cpu" if ranks.any(faster == "cpu") else "mixed"  # the same pixels on all ranks
-        loader_options["decoder"] = config.decoder
+        if config.decoder == "auto" and not config.deterministic:
+            rates = time_decoders(train_set, preprocess, state.layout.batch, **loader_options)
+            totals = ranks.sum(torch.tensor(rates, device=ranks.device)).tolist()
+            config.decoder = DECODERS[totals.index(max(totals))]  # the same pixels on all ranks
+            rated = ", ".join(f"{d} {rate:,.0f}" for d, rate in zip(DECODERS, totals, strict=True))
+            decoder_rates = f", decoder {config.decoder} ({rated} images/s)" if max(totals) else ""
+        loader_options["decoder"] = "mixed" if config.decoder == "auto" else config.decoder
     train_batches = train_loader(
         train_set,
         plan,
@@ -215,7 +215,7 @@ def train(ranks: Ranks, config: Config) -> None:
             tensorboard=config.tensorboard,
             progress=config.progress,
         )
-    log.say(", ".join(line for line in (state.describe(), said) if line))
+    log.say(state.describe() + decoder_rates)
     if state.begins_with:
         log.say(
             f"begins with {state.begins_with}" + ("; the convolutions are frozen" if config.freeze else "")
@@ -261,8 +261,9 @@ def train(ranks: Ranks, config: Config) -> None:
                 **means,
             )
             if not estimated and (step - first_step >= 100 or epoch_ends):
-                log.say(state.estimate(rate))
                 estimated = True
+                if step < state.end_step:
+                    log.say(state.estimate(rate))
             window_start, window_step, waited = time.perf_counter(), step, 0.0
 
         is_best = False

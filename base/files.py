@@ -119,7 +119,10 @@ def lock(path: Path, taken: str, wait: bool = False) -> Iterator[None]:
     it when the process ends, however it ends. File systems without locks are not guarded; on NFS, folders are not.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o666)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another folder") from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -91,7 +91,9 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
         said = mp.get_context("spawn").SimpleQueue()
         context = mp.spawn(_spawned, (ranks, gpu, address, work, config, said), nprocs=ranks, join=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the ranks as well
-        signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in context.processes])
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: [p.terminate() for p in context.processes])
         try:
             while not context.join():
                 pass

@@ -124,10 +124,13 @@ class Config:
         type=click.Choice(["paper", "owt", "bn", "cifar-80sec", "cifar-18pct"]),
     )  # fmt: skip
     activation: str = opt(
-        "Network", "After every layer but the last.", "relu", type=click.Choice(["relu", "tanh", "sigmoid"])
+        "Network",
+        "Activation after every layer but the last.",
+        "relu",
+        type=click.Choice(["relu", "tanh", "sigmoid"]),
     )
     groups: str | None = opt(
-        "Network", "Of conv2, conv4 and conv5.", type=click.Choice(["1", "2"]), shown="the variant's"
+        "Network", "Groups of conv2, conv4 and conv5.", type=click.Choice(["1", "2"]), shown="the variant's"
     )
     lrn: bool | None = opt(
         "Network",
@@ -140,7 +143,7 @@ class Config:
         "Network", "Leave out a convolution; may be given again.", [], multiple=True, shown="none",
         type=click.Choice(["conv2", "conv3", "conv4", "conv5"]), callback=lambda _c, _p, v: sorted(set(v)),
     )  # fmt: skip
-    stride: int = opt("Network", "Of conv1; 1 suits images of 24 to 32 pixels.", 4, type=COUNT)
+    stride: int = opt("Network", "Stride of conv1; 1 suits images of 24 to 32 pixels.", 4, type=COUNT)
     init: str | None = opt(
         "Network", "Initial weights: PyTorch's own; cuda-convnet2's, by the paper's author; the paper's text, "
         "which often never learns; He's; cuda-convnet's, for the CIFAR variants.",
@@ -188,15 +191,15 @@ class Config:
         "Training", "Epochs over which the rate rises from zero.", type=click.FloatRange(0),
         shown=f"0; 1 below {OWN_DATA:,} images",
     )  # fmt: skip
-    momentum: float = opt("Training", "Of SGD.", 0.9, type=RATIO)
-    seed: int = opt("Training", "Of every random decision.", 0, type=click.IntRange(0, 2**63 - 1))
+    momentum: float = opt("Training", "Momentum of SGD.", 0.9, type=RATIO)
+    seed: int = opt("Training", "Seed of every random decision.", 0, type=click.IntRange(0, 2**63 - 1))
     train_error: bool = opt(
         "Training", "Log the error of the training batches, as trained.", False,
         flag="--train-error/--no-train-error", resumable=True,
     )  # fmt: skip
     # ---- Regularisation
     weight_decay: float = opt(
-        "Regularisation", "Of weights; biases have none.", 5e-4, type=click.FloatRange(0)
+        "Regularisation", "Weight decay; biases have none.", 5e-4, type=click.FloatRange(0)
     )
     layer_decay: list[str] = opt(
         "Regularisation", "LAYER=DECAY: a layer's own weight decay; may be given again.", [], multiple=True,
@@ -322,13 +325,15 @@ class Config:
             f"schedule {self.schedule}, {self.warmup_epochs:g} epoch{'s' * (self.warmup_epochs != 1)} of warm-up"
         )
 
-    def take_network(self, variant: str, mean: str | None, options: dict[str, Any]) -> None:
+    def take_network(self, variant: str, mean: str | None, crop: int, options: dict[str, Any]) -> None:
         """Take over the network of existing weights, where nothing else was given.
 
         Args:
-            variant, options: as AlexNet has them; mean: the value of --mean, None where any does.
+            variant, options: as AlexNet has them; mean: the value of --mean, None where any does; crop: in pixels.
         """
         self.mean = self.mean or mean
+        if self.crop == Config().crop:
+            self.crop = crop
         if self.variant not in (None, variant):
             return
         self.variant = variant
@@ -379,8 +384,13 @@ class Config:
     def check_ranks(self, ranks: int, gpus: int) -> None:
         """Raises UsageError where options do not go with each other or with the number of ranks."""
         assert self.global_batch
+        if self.resume:  # the number of ranks may change, and with it what these are for
+            self.cpu_ranks = 1 if gpus else self.cpu_ranks
+            self.compress = self.compress and ranks > 1
         if gpus and self.cpu_ranks > 1:
             raise click.UsageError("--cpu-ranks goes with --gpus 0")
+        if self.milestones and self.schedule != "step":
+            raise click.UsageError("--milestones goes with --schedule step")
         if self.global_batch % (ranks * self.accumulate):
             raise click.UsageError(
                 f"--global-batch {self.global_batch} does not divide into {ranks} ranks "
@@ -482,6 +492,10 @@ def command(work: Callable[[Config], None]) -> click.Command:
 
     def main(**options: Any) -> None:
         config = Config(**options)
+        if config.weights and not (config.out or config.variant):
+            raise click.UsageError(
+                "--weights takes the network from a file: give --out, so that a restart finds the run"
+            )
         if config.resume or config.auto_resume:
             _resume(config)
         work(config)
@@ -506,8 +520,10 @@ def _resume(config: Config) -> None:
             return
     path = config.folder / "config.json"
     if not path.exists():
-        return  # there is no run, or not yet a checkpoint: that is said later
-    saved = _read(path, context.command)
+        if checkpoint_exists(config.folder):
+            raise ModelError(f"{path} is missing: restore it, or begin again with another --out")
+        return  # there is no run: main reports it
+    saved = {**vars(Config()), **_read(path, context.command)}
     for f in fields(Config):
         name, resumable = f.name, f.metadata["resumable"]
         if name in OF_THIS_START:
@@ -515,9 +531,9 @@ def _resume(config: Config) -> None:
         source = context.get_parameter_source(name)
         # of a recipe or another run's config.json, what may be changed is not meant to
         if source == ParameterSource.DEFAULT or (source == ParameterSource.DEFAULT_MAP and resumable):
-            setattr(config, name, saved.get(name, getattr(Config, name, None)))
-        elif not resumable and getattr(config, name) != saved.get(name):
+            setattr(config, name, saved[name])
+        elif not resumable and getattr(config, name) != saved[name]:
             raise ModelError(
-                f"the run in {config.folder} has {name} {saved.get(name)}, not {getattr(config, name)}: "
+                f"the run in {config.folder} has {name} {saved[name]}, not {getattr(config, name)}: "
                 "leave that option out to continue it, or begin another run with another --out"
             )

@@ -224,11 +224,12 @@ def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
     """Set the rate of the next step, and keep the paper's velocity v across the change.
 
     torch's buffer is v in units of the rate, so its next update takes the ratio of the two rates into the momentum
-    factor: momentum * old / new. That costs nothing, where scaling the buffers would pass over all weights.
+    factor: momentum * old / new. That costs nothing, where scaling the buffers would pass over all weights. If
+    float16 overflows in just that step, which is then skipped, the velocity is off by the ratio for some steps.
     """
     for group in optimizer.param_groups:
         old, group["lr"] = group["lr"], lr * group["scale"]
-        group["momentum"] = group["base_momentum"] * (old / group["lr"] if lr else 1.0)
+        group["momentum"] = group["base_momentum"] * (old / group["lr"] if group["lr"] else 1.0)
 
 
 # --- schedule ------------------------------------------------------------------------------------------------

@@ -152,7 +152,9 @@ class TrainState:
         """How long an epoch and the rest of the run take at `rate` images/s, and how much disk the run takes."""
         epoch = self.plan.steps_per_epoch * self.plan.global_batch
         rest = (self.end_step - self.step) * self.plan.global_batch
-        files = min(self.config.keep, self.config.epochs) + 1  # and best.pt
+        every = self.config.save_every
+        saves = self.config.epochs + (self.end_step // every if every else 0)
+        files = min(self.config.keep, saves) + 1  # and best.pt
         return (
             f"at {rate:,.0f} images/s an epoch takes {duration(epoch / rate)} and the rest of the run "
             f"{duration(rest / rate)}, without validation; up to {files} checkpoints of "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import ModelError
+from model.alexnet import AlexNet
 from model.training import checkpoint
 
 # torchvision's alexnet takes (pixel - mean) / std of RGB pixels in 0..1; pipeline.preprocess has its mean
@@ -21,8 +22,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Weights:
     """A network's weights and what it takes to use them.
 
-    `state`: name -> tensor, as AlexNet of `variant` with `options` has them. `mean`: the value of --mean that the
-    network was trained with, None where any does.
+    `state`: name -> tensor, as AlexNet of `variant` with `options` has them, for images of `crop` pixels. `mean`:
+    the value of --mean that the network was trained with, None where any does.
     """
 
     path: Path
@@ -30,15 +31,28 @@ class Weights:
     state: dict[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
     mean: str | None = None
+    crop: int = 224
+
+    def __post_init__(self) -> None:
+        try:
+            with torch.device("meta"):  # no memory, no work
+                AlexNet(1, self.variant, image_size=self.crop, **self.options)
+        except (TypeError, ValueError, ModelError) as error:
+            raise ModelError(f"{self.path} is of no network that this program has ({error})") from None
 
     def check(self, network: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
         """The tensors that fit into `network`, and its layers that have none; raises ModelError as `into` does."""
         own = network.state_dict()
         fits = {name: t for name, t in self.state.items() if name in own and own[name].shape == t.shape}
         anew = sorted({name.rpartition(".")[0] for name in own.keys() - fits.keys()})
-        if not fits or any(name.startswith("features.") for name in anew):
+        fits = {
+            name: t for name, t in fits.items() if name.rpartition(".")[0] not in anew
+        }  # whole layers only
+        left = {name for name in self.state.keys() - own.keys() if name.startswith("features.")}
+        if not fits or left or any(name.startswith("features.") for name in anew):
+            some = ", ".join([*anew, *sorted(left)][:3])
             raise ModelError(
-                f"{self.path} holds weights of another network ({', '.join(anew[:3])} do not fit): "
+                f"{self.path} holds weights of another network ({some} do not fit): "
                 f"leave --variant and the options of the network out, or give other --weights"
             )
         return fits, anew
@@ -68,8 +82,9 @@ def load_weights(path: Path) -> Weights:
         saved = checkpoint.load(checkpoint.find(path))
         try:
             state = (saved.get("ema") or saved)["model"]
-            mode = saved["preprocess"]["mean_mode"]
-            return Weights(path, saved["variant"], dict(state), dict(saved["network"]), mode)
+            about = saved["preprocess"]
+            network = saved["variant"], dict(state), dict(saved["network"])
+            return Weights(path, *network, about["mean_mode"], about["crop"])
         except (KeyError, TypeError, ValueError):
             raise ModelError(f"{path} is not a checkpoint of train.py: give another --weights") from None
     try:
@@ -122,8 +137,9 @@ def _from_safetensors(path: Path) -> Weights:
     if "preprocess" not in about:
         return _from_torchvision(path, state)
     try:
-        mode = json.loads(about["preprocess"])["mean_mode"]
-        return Weights(path, about["variant"], state, json.loads(about["network"]), mode)
+        inputs = json.loads(about["preprocess"])
+        network = about["variant"], state, json.loads(about["network"])
+        return Weights(path, *network, inputs["mean_mode"], inputs["crop"])
     except (KeyError, TypeError, ValueError):
         raise ModelError(
             f"the metadata of {path} is not that of tools/export.py: give another --weights"

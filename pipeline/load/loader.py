@@ -1,11 +1,7 @@
-"""The DALI graph, one definition for 'cpu' and 'gpu', and its torch iterator.
+"""Loader: runs the DALI graph and hands its batches to torch.
 
-On a GPU the graph does all of the work. On the CPU it ends with decoding, and one pass over the pixels does the
-rest (pipeline/load/views.py); where no compiler is found, the graph does, with the operators that the GPU runs.
-
-Order of work (paper, sections 2 and 4.1): decode, crop, mirror, add the colour shift, subtract the mean.
-Output is NHWC, handed to torch through dlpack and permuted: a channels-last (N, 3, H, W) tensor, no copy.
-https://docs.nvidia.com/deeplearning/dali/user-guide/docs/operations/nvidia.dali.fn.crop_mirror_normalize.html
+Output is NHWC, handed over through dlpack and permuted: a channels-last (N, 3, H, W) tensor, no copy. On the CPU
+the graph ends with decoding, and one pass over the pixels does the rest (pipeline/load/views.py).
 """
 
 from __future__ import annotations
@@ -225,20 +221,21 @@ def eval_loader(
     return Loader(feed, preprocess, batch, **options)
 
 
-def choose_decoder(
+def time_decoders(
     reader: ShardReader, preprocess: Preprocess, batch: int, *, batches: int = 8, **options: Any
-) -> tuple[str, str]:
-    """For --decoder auto: the decoder that is faster on this GPU and these host cores, and a line that says so.
+) -> list[float]:
+    """For --decoder auto: images/s of this rank with each of DECODERS, without a training beside them.
 
-    Times both over `batches` batches of the set after a first one, without a training beside them.
+    Times `batches` batches after a first one. Zeros where nothing is to be decoded or the rank has too few images
+    to tell.
 
     Args:
         options: of `eval_loader`, with device "gpu".
     """
-    if reader.manifest.encoding == "raw":
-        return "cpu", "records are pixels: nothing to decode"
-    rates = {}
-    for decoder in DECODERS:
+    rates = [0.0] * len(DECODERS)
+    if reader.manifest.encoding == "raw" or len(reader) < 2 * batch * options.get("world_size", 1):
+        return rates
+    for number, decoder in enumerate(DECODERS):
         loader = eval_loader(reader, preprocess, batch, decoder=decoder, **options)
         try:
             next(loader)
@@ -246,9 +243,7 @@ def choose_decoder(
             for _, (_, labels) in zip(range(batches), loader, strict=False):
                 images += len(labels)
             torch.cuda.synchronize()
-            rates[decoder] = images / (time.perf_counter() - start)
+            rates[number] = images / (time.perf_counter() - start)
         finally:
             loader.close()
-    best = max(DECODERS, key=rates.__getitem__)
-    speeds = ", ".join(f"{decoder} {rate:,.0f} images/s" for decoder, rate in rates.items())
-    return best, f"decoder {best} ({speeds})"
+    return rates

@@ -129,7 +129,9 @@ def summarise(claims: list[str], runs: list[Job]) -> list[dict[str, Any]]:
             if claim:
                 both = [(of(done[name, seed]), of(done[BASELINE, seed])) for seed in pairs]
                 row[f"{key}_difference"] = spread([a - b for a, b in both if a is not None and b is not None])
-        steps = [done[name, seed].get("steps_to_learn") for seed in seeds]
+        steps = [
+            result["steps_to_learn"] for seed in seeds if "steps_to_learn" in (result := done[name, seed])
+        ]
         row["steps_to_learn"] = spread([float(n) for n in steps if n is not None])
         row["never_learnt"] = sum(n is None for n in steps)
         rows.append(row)

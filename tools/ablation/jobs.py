@@ -62,7 +62,9 @@ class Workers:
         self.threads = threads or max(1, cpu_threads() // jobs)
         # how a run is computed, not what: another machine may go on with it
         self.options = ["--no-progress", "--no-tensorboard", "--keep", "1"]
-        if not gpus:
+        if gpus:
+            self.options += ["--decoder", "mixed"]  # the same pixels for every job
+        else:
             self.options += ["--workers", "0", "--decode-threads", str(self.threads)]
         self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(jobs):
