@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     events. SIGINT, SIGTERM and SIGHUP finish the step, save and exit with code 75; --resume continues from
     there, in mid-epoch if need be.
     """
-    # ---- whatever can be wrong is said once, before any rank starts
+    # ---- errors are reported once, before any rank starts
     if config.fall_back and not (config.resume or config.auto_resume):
         raise click.UsageError("--fall-back goes with --resume or --auto-resume")
     if config.freeze and not config.weights:

@@ -52,7 +52,7 @@ def main(**config: Any) -> None:
     A claim is the baseline beside the same with one switch turned; differences are taken seed by seed. Options
     after `--` go to train.py: to the runs on DATA, or without DATA to those of figure 1. --figure1 measures the
     epochs that four-layer networks take to 25 % training error on CIFAR-10, each activation at the best of --lrs.
-    Writes table.md, results.json and PNGs of the curves to --out. Run the same command again to go on after an
+    Writes table.md, results.json and PNGs of the curves to --out. Run the same command again to continue after an
     interruption; finished runs stay.
     """
     out: Path = config["out"]

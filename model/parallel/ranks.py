@@ -88,8 +88,8 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-        said = mp.get_context("spawn").SimpleQueue()
-        context = mp.spawn(_spawned, (ranks, gpu, address, work, config, said), nprocs=ranks, join=False)
+        errors = mp.get_context("spawn").SimpleQueue()
+        context = mp.spawn(_spawned, (ranks, gpu, address, work, config, errors), nprocs=ranks, join=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the ranks as well
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -100,8 +100,8 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as failed:
             # ranks fail together, often for the same reason, and those that lost their peers for no other
             messages = set()
-            while not said.empty():
-                messages.add(said.get())
+            while not errors.empty():
+                messages.add(errors.get())
             for message in sorted(messages):
                 click.ClickException(message).show()
             if not messages and isinstance(failed, mp.ProcessRaisedException):
@@ -111,12 +111,12 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
 
 
 def _spawned(
-    rank: int, world: int, gpu: bool, address: str, work: Callable[..., None], config: Any, said: Any
+    rank: int, world: int, gpu: bool, address: str, work: Callable[..., None], config: Any, errors: Any
 ) -> None:
     try:
         _as_rank(Ranks(rank, world, rank, world, gpu), address, work, config)
     except click.ClickException as error:
-        said.put(error.message)
+        errors.put(error.message)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
@@ -238,11 +238,11 @@ def count_gpus(wanted: int | None) -> int:
 
 def _check_driver() -> None:
     """GPUs are counted through the driver's own library, which tells nothing of whether CUDA runs."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             return
-    reason = str(told[-1].message).splitlines()[0] if told else "CUDA does not start"
+    reason = str(caught[-1].message).splitlines()[0] if caught else "CUDA does not start"
     reason = reason.removeprefix("CUDA initialization: ").split(". ")[0]
     try:
         driver = DRIVER_VERSION.read_text().strip()

@@ -114,7 +114,7 @@ class Checkpoints:
         remove_temporary(self.out, OWN_FILES)
         path = self.out / f"checkpoint-{state['step']:09d}.pt"
         if best:
-            # before the numbered one: a run killed in between goes on from an earlier step and finds this best
+            # before the numbered one: a run killed in between resumes from an earlier step and finds this best
             # again; the other way round it would never write it
             save(self.out / "best.pt", state)
             link = temporary_path(path)
@@ -138,7 +138,7 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """The newest checkpoint; raises ModelError if there is none or it is damaged.
 
-        `fall_back`: a damaged one is passed over, which `say` is told, for the one before.
+        `fall_back`: use the one before a damaged one, and call `say` with a line about it.
         """
         paths = self.paths()
         if not paths:
@@ -149,7 +149,7 @@ class Checkpoints:
             except ModelError as error:
                 if not fall_back:
                     raise ModelError(
-                        f"{error.message}: go on from the one before with --resume --fall-back"
+                        f"{error.message}: resume from the previous one with --resume --fall-back"
                     ) from error
                 say(f"passed over: {error.message}")
         raise ModelError(

@@ -137,7 +137,7 @@ class TrainState:
         )
         return 4 * count * (3 if self.ema else 2)
 
-    # ---- what the user is told
+    # ---- messages
 
     def describe(self) -> str:
         """What the run computes on, and in which type of number: why most speeds differ."""

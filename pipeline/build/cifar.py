@@ -86,7 +86,7 @@ def _write(names: list[str], batches: list[Batch], out: Path, archive: Path) -> 
                 png = encode(np.ascontiguousarray(image.transpose(1, 2, 0)), "png")
                 file = folder / f"{counts[split]:05d}.png"
                 file.write_bytes(png)
-                os.utime(file, ns=(changed, changed))  # a build that goes on tells changed images by it
+                os.utime(file, ns=(changed, changed))  # a resumed build recognises changed images by it
                 counts[split] += 1
     except OSError as error:
         raise DataError(f"{archive} could not be unpacked in {out}: {error.strerror}") from None

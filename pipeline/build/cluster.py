@@ -42,7 +42,7 @@ from pipeline.shards import FORMAT_VERSION, shard_name
 
 AHEAD = 2  # jobs sent for each thread of the cluster: the scheduler never holds the lists of all images
 SECONDS_TO_CONNECT, SECONDS_FOR_WORKERS = 10, 30
-SECONDS_WITHOUT_WORKERS = 10  # then that is said; a worker that is started again takes a few
+SECONDS_WITHOUT_WORKERS = 10  # then a message says so; a worker that is started again takes a few
 MOST_UNBEGUN = 10  # workers that may die, one after the other, before they come to a job that waits there
 
 
@@ -61,7 +61,7 @@ class Cluster:
                 "the scheduler, the workers and here; see docs/security.md",
                 file=sys.stderr,
             )
-        for logger in ("distributed", "distributed.client"):  # what matters is said below
+        for logger in ("distributed", "distributed.client"):  # what matters is printed below
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         try:
             # the client waits for ever where a port is open and silent, and complains where there is none
@@ -75,7 +75,7 @@ class Cluster:
         try:
             self.client.wait_for_workers(1, timeout=SECONDS_FOR_WORKERS)
             self._check(source, out)
-            # a lost worker is told at once, and the build decides: by default Dask lets a file kill four
+            # a lost worker is reported at once, and the build decides: by default Dask lets a file kill four
             self.client.run_on_scheduler(_allow_failures, 0)
         except TimeoutError:
             self.client.close()
@@ -151,7 +151,9 @@ class ClusterPool(JobQueue):
         self._unbegun: Counter[int] = Counter()  # how often a worker died before it came to the job
         self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._looked = -1.0
-        self._last_worker: float | None = time.monotonic()  # when one was seen; None: said that none is left
+        self._last_worker: float | None = (
+            time.monotonic()
+        )  # when one was seen; None: a message has said that none is left
         self._begun: dict[int, int] = {}  # items that each job was seen to have begun
         self._capacity = 0
 
@@ -212,7 +214,7 @@ class ClusterPool(JobQueue):
             print(f"\nno worker is left, the build waits for one: {start}", file=sys.stderr, flush=True)
 
     def _send(self, number: int, job: Any) -> None:
-        # a new name each time: a job that goes on after it was given up must not take the next one's for its own
+        # a new name each time: a job that still runs after it was given up must not take the next one's for its own
         name = f"{shard_name(job.number)}.{uuid.uuid4().hex}"
         place = Path(job.partial / "work" / f"{name}.at")
         place.write_bytes(b"")

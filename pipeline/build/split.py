@@ -1,7 +1,7 @@
 """Builds one split: raw images -> shards, statistics and manifest; atomic, resumable, any number of workers.
 
 Everything happens in OUT/<split>.partial. A finished shard there has its note in work/, written last and by a
-rename: a build killed at any moment goes on without redoing those. The complete directory becomes OUT/<split> by
+rename: a build killed at any moment resumes without redoing those. The complete directory becomes OUT/<split> by
 one rename.
 """
 
@@ -117,7 +117,7 @@ def build_split(
     """Build OUT/<split> from `source`, on `workers` processes, or on what make_pool(function, workers) gives.
 
     progress(images done, images in all) is called about ten times a second. DataError for everything that the
-    user can put right, a full disk included; after it, or a kill, `resume` goes on.
+    user can put right, a full disk included; after it, or a kill, `resume` continues.
     """
     started = time.monotonic()
     final = final_of(out, source.split)

@@ -99,7 +99,7 @@ def refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
 
 def _refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
     partial = partial_of(final)
-    ours = started_of(partial).exists() and not overwrite  # goes on, and nothing in it is deleted
+    ours = started_of(partial).exists() and not overwrite  # it is resumed, and nothing in it is deleted
     for directory in (final, replaced_of(final), *([] if ours else [partial])):
         refuse_foreign(directory)
     if not (resume or overwrite):

@@ -116,9 +116,7 @@ class Loader:
             except RuntimeError as error:
                 if "Workers initialization failed" not in str(error):
                     raise
-                raise DataError(
-                    "a process that reads shards died at its start: go on with --workers 0"
-                ) from None
+                raise DataError("a process that reads shards died at its start: try --workers 0") from None
         self._watch = ReaderWatch(list(set(multiprocessing.active_children()) - others), self._pipe)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -180,8 +178,8 @@ class Loader:
                 )
         # the last line that says something: before it come tracebacks, after it DALI's advice
         lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
-        telling = [line for line in lines if "Error" in line and not line.startswith("Critical error")]
-        return DataError(f"the loader failed: {(telling or lines)[-1]}")
+        causes = [line for line in lines if "Error" in line and not line.startswith("Critical error")]
+        return DataError(f"the loader failed: {(causes or lines)[-1]}")
 
     def close(self) -> None:
         """Stops the reader processes and frees their shared memory."""

@@ -36,7 +36,7 @@ class ReaderWatch:
     def __init__(self, processes: list[Any], pipe: Any) -> None:
         self._processes = processes
         self._pool = getattr(getattr(pipe, "_py_pool", None), "pool", None)
-        # a rank that ends with an error would wait for readers that nobody has told to end
+        # a rank that ends with an error would wait for readers that nobody stops
         self._at_exit = Finalize(None, _end, (processes, self._pool), exitpriority=100)
         self._died = threading.Event()
         self._closing = False
@@ -64,7 +64,7 @@ class ReaderWatch:
             self._entered = 0.0
 
     def close(self) -> None:
-        """Stop watching, before the readers are told to end."""
+        """Stop watching, before the readers are stopped."""
         self._closing = True
         self._at_exit.cancel()
         self._processes, self._pool = [], None  # they hold the queues' shared memory
@@ -111,14 +111,14 @@ def death(exitcode: int | None) -> str:
         likely, other = (full, lost) if _free_shared_memory() < ROOM else (lost, full)
         return f"a process that reads shards died of SIGBUS: {likely}; or else {other}"
     if exitcode == -signal.SIGKILL:
-        return "a process that reads shards was killed (out of memory?): go on with --resume, or with --workers 0"
+        return "a process that reads shards was killed (out of memory?): continue with --resume, or with --workers 0"
     if exitcode is None:
         name = "of unknown cause"
     else:
         name = signal.Signals(-exitcode).name if exitcode < 0 else f"exit code {exitcode}"
     return (
         f"a process that reads shards died ({name}), perhaps of a damaged shard: check with "
-        "`python tools/verify_lmdb.py`, then go on with --resume"
+        "`python tools/verify_lmdb.py`, then continue with --resume"
     )
 
 

@@ -31,7 +31,7 @@ from faults.processes import (
 
 
 def train_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """kill -9 in a training: it goes on with --resume and ends with the weights of an uninterrupted one."""
+    """kill -9 in a training: it continues with --resume and ends with the weights of an uninterrupted one."""
     data, whole = make_data(work), work / "whole"
     began = time.monotonic()
     _train_to_end(data, whole)

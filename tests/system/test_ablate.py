@@ -40,7 +40,7 @@ def finished(dataset, tmp_path_factory):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=200)
-    assert process.returncode == 75 and "the same command goes on" in errors, errors
+    assert process.returncode == 75 and "run the same command to continue" in errors, errors
     early = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert 0 < len(early) < 6
     done = subprocess.run(command(dataset, out), cwd=ROOT, capture_output=True, text=True, timeout=240)
@@ -273,7 +273,7 @@ def test_an_evaluation_is_of_the_networks_there_are(dataset, tmp_path, instant):
     assert judged(1) == [paths[:1]]
 
 
-@pytest.mark.parametrize(("stop", "code", "said"), [(False, 1, "out of memory"), (True, 75, "goes on")])
+@pytest.mark.parametrize(("stop", "code", "said"), [(False, 1, "out of memory"), (True, 75, "to continue")])
 def test_the_table_is_kept_when_the_evaluation_ends_early(
     dataset, tmp_path, instant, monkeypatch, stop, code, said
 ):

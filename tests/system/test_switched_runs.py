@@ -68,7 +68,7 @@ def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched: 
 def test_mixup_and_averaging_resume_in_mid_epoch_bit_for_bit(
     switched: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """The checkpoint of step 4, in the middle of the second epoch, goes on to the same weights and averages."""
+    """The checkpoint of step 4, in the middle of the second epoch, leads to the same weights and averages."""
     arguments = ["--no-lrn", "--groups", 1, "--pool", "2,2", "--drop-layer", "conv3", "--activation", "tanh"]
     out = tmp_path / "part"
     options = ["--epochs", 2, *arguments, *MODERN, "--train-error", "--save-every", 4]

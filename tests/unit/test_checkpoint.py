@@ -115,7 +115,7 @@ def test_only_a_run_that_goes_on_is_told_how(tmp_path):
     path = checkpoints.save(STATE, best=True)
     path.write_bytes(b"damaged")
     with pytest.raises(
-        ModelError, match=r"is damaged .*: go on from the one before with --resume --fall-back"
+        ModelError, match=r"is damaged .*: resume from the previous one with --resume --fall-back"
     ):
         checkpoints.newest()
     with pytest.raises(ModelError, match=r"best\.pt is damaged \([^)]*\)$"):

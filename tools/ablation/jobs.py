@@ -60,7 +60,7 @@ class Workers:
     def __init__(self, jobs: int, gpus: int, threads: int | None, lock: IO[str]) -> None:
         self.jobs, self.gpus, self.lock = jobs, gpus, lock
         self.threads = threads or max(1, cpu_threads() // jobs)
-        # how a run is computed, not what: another machine may go on with it
+        # how a run is computed, not what: another machine may continue it
         self.options = ["--no-progress", "--no-tensorboard", "--keep", "1"]
         if gpus:
             self.options += ["--decoder", "mixed"]  # the same pixels for every job
@@ -88,14 +88,14 @@ class Workers:
         for process in list(self.processes):
             process.terminate()
 
-    def work(self, jobs: list[Job], said: str) -> None:
+    def work(self, jobs: list[Job], title: str) -> None:
         """All jobs' results; those that are there already are only read. Raises Exit when stopped by a signal."""
         for job in jobs:
             job.result = finished(job)
         waiting = [job for job in jobs if not job.result]
         with (
             ThreadPoolExecutor(self.jobs) as pool,
-            tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=said, unit="run") as bar,
+            tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc=title, unit="run") as bar,
         ):
             futures = [pool.submit(self._run, job) for job in waiting]
             while not all(future.done() for future in futures):
@@ -109,7 +109,7 @@ class Workers:
     def check_stopped(self) -> None:
         """Raises Exit if a signal has come."""
         if self.stopping.is_set():
-            click.echo("stopped by a signal, the runs have saved: the same command goes on", err=True)
+            click.echo("stopped by a signal, the runs have saved: run the same command to continue", err=True)
             raise click.exceptions.Exit(EXIT_INTERRUPTED)
 
     def _run(self, job: Job) -> None:
@@ -149,7 +149,7 @@ class Workers:
         return code == 0
 
     def call(self, script: str, arguments: list[str], slot: int, job: Job | None = None) -> tuple[int, str]:
-        """Exit code and last line of complaint. A run with a target is told to save and end once it is there."""
+        """Exit code and last line of complaint. A job with a target is stopped, and saves, once it is there."""
         environment = dict(os.environ)
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = visible_gpu(slot % self.gpus)
@@ -169,15 +169,15 @@ class Workers:
         if self.stopping.is_set():
             process.terminate()
         try:
-            told = False
+            stopped = False
             while True:
                 try:
                     _, errors = process.communicate(timeout=1 if job and job.target else None)
                     break
                 except subprocess.TimeoutExpired:
-                    if job and not told and reaches(epoch_errors(job.out), job.target):
+                    if job and not stopped and reaches(epoch_errors(job.out), job.target):
                         process.terminate()
-                        told = True
+                        stopped = True
         finally:
             self.processes.discard(process)
         lines = [line for line in errors.splitlines() if line.strip()]
@@ -194,7 +194,7 @@ def finished(job: Job) -> dict[str, Any]:
     """The result of a job that is complete, else {}; raises ModelError if it was, or is, another run."""
     result = read_json(job.out / "result.json") or {}
     began = result.get("arguments")
-    if not result and Checkpoints(job.out).paths():  # --resume would go on with the options it began with
+    if not result and Checkpoints(job.out).paths():  # --resume would continue with its first options
         began = read_json(job.out / "arguments.json")
     if began not in (None, job.arguments) and training_options(began) != training_options(job.arguments):
         raise ModelError(f"{job.out} was run with other options ({shlex.join(began)}): give another --out")

@@ -29,7 +29,7 @@ def report(parts: dict[str, Any], failed: list[str], out: Path) -> None:
         click.echo(f"failed: {line}", err=True)
 
 
-def said(value: dict[str, Any] | None, sign: str = "", digits: int = 1) -> str:
+def format_spread(value: dict[str, Any] | None, sign: str = "", digits: int = 1) -> str:
     """A mean and its spread: "+1.4 ± 0.3"."""
     if value is None:
         return "–"
@@ -55,9 +55,9 @@ def as_markdown(parts: dict[str, Any]) -> str:
             switch = f"`{row['switch']}`" if row["claim"] else "none"
             cells = [row["run"], switch, row.get("says", "")]
             for key in ("top1", "top5", "train"):
-                cells += [said(row[key]), said(row.get(f"{key}_difference"), "+")]
+                cells += [format_spread(row[key]), format_spread(row.get(f"{key}_difference"), "+")]
             never = f", {row['never_learnt']} never" if row["never_learnt"] else ""
-            cells.append(said(row["steps_to_learn"], digits=0) + never)
+            cells.append(format_spread(row["steps_to_learn"], digits=0) + never)
             lines.append("| " + " | ".join([*cells, row.get("paper", ""), str(len(row["seeds"]))]) + " |")
         lines.append("")
     if parts.get("evaluated"):
@@ -67,8 +67,10 @@ def as_markdown(parts: dict[str, Any]) -> str:
         ]
         for row in parts["evaluated"]:
             what = f"{row['networks']} networks, {'centre crop' if row['crops'] == 1 else 'ten crops'}"
-            cells = [what, said(row["top1"]), f"{row['top1_average']:.1f}"]
-            lines.append("| " + " | ".join([*cells, said(row["top5"]), f"{row['top5_average']:.1f}"]) + " |")
+            cells = [what, format_spread(row["top1"]), f"{row['top1_average']:.1f}"]
+            lines.append(
+                "| " + " | ".join([*cells, format_spread(row["top5"]), f"{row['top5_average']:.1f}"]) + " |"
+            )
         lines += [
             "",
             "Paper: top-5 error 18.2 % of one network, 16.4 % of five, 15.3 % of seven (two pretrained).",
@@ -86,7 +88,7 @@ def as_markdown(parts: dict[str, Any]) -> str:
             cells = [
                 row["activation"],
                 row["lr"],
-                said(row["epochs"]),
+                format_spread(row["epochs"]),
                 str(row["seeds"]),
                 str(row["not_reached"]),
             ]
