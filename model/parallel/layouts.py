@@ -244,7 +244,7 @@ class Layout:
         whole = getattr(optimizer, "_step_supports_amp_scaling", False)
         if whole and self.kind == "data":
             return torch.amp.GradScaler(device, enabled=enabled)
-        # the fused step below skips an overflow on the device; without this, the scaler waits for the device to see it
+        # the fused step below skips an overflow on the device; otherwise the scaler waits for the device
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         if self.kind == "data":
             return _UnscaleFirst(device, enabled=enabled)

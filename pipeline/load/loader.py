@@ -76,7 +76,7 @@ class Loader:
         depth = prefetch or (2 if device == "gpu" else 1)
         self._cutter: ViewCutter | None = None
         if fused and device == "cpu":
-            # with a batch made ahead, DALI's threads want the cores too, and what is asked for must not come last
+            # decoding ahead competes for the cores with this pass, which the step waits for: one thread more
             cutting = threads + (depth > 1)
             self._cutter = ViewCutter.of(preprocess.mean, preprocess.crop, dtype, cutting)
         self._ten_views: list[torch.Tensor] | None = None

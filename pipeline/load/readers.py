@@ -111,7 +111,9 @@ def death(exitcode: int | None) -> str:
         likely, other = (full, lost) if _free_shared_memory() < ROOM else (lost, full)
         return f"a process that reads shards died of SIGBUS: {likely}; or else {other}"
     if exitcode == -signal.SIGKILL:
-        return "a process that reads shards was killed (out of memory?): continue with --resume, or with --workers 0"
+        return (
+            "a process that reads shards was killed (out of memory?): continue with --resume, or --workers 0"
+        )
     if exitcode is None:
         name = "of unknown cause"
     else:
