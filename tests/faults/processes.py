@@ -202,7 +202,8 @@ def die_at_call(script: str, number: int, arguments: list[str]) -> None:
 
 def dying(script: str, number: int, arguments: list[object]) -> list[object]:
     call = f"die_at_call({script!r}, {number}, {list(map(str, arguments))!r})"
-    return ["-c", f"from faults.processes import die_at_call; {call}"]
+    found = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})"
+    return ["-c", f"{found}; from faults.processes import die_at_call; {call}"]
 
 
 @contextlib.contextmanager

@@ -120,7 +120,7 @@ def _outcome(run: Path) -> dict[str, Any]:
     """Everything of a finished run that must not depend on what happened to it."""
     from model.training.checkpoint import Checkpoints, load
 
-    if left := list(run.glob(".*")):
+    if left := [path for path in run.glob(".*") if path.name != ".lock"]:
         raise Lost(f"left behind: {left[0].name}")
     keep = ("kind", "step", "loss", "top1")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

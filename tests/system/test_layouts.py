@@ -224,7 +224,7 @@ def test_what_cannot_be_laid_out_is_said():
         ({}, 8, 4096, "data"),  # so many activations are more than the weights
         ({}, 3, 129, "data"),  # 4096 units do not divide
         ({"variant": "owt"}, 2, 128, "hybrid"),
-        ({"variant": "cifar", "image_size": 32}, 2, 128, "data"),
+        ({"variant": "cifar-18pct", "image_size": 32}, 2, 128, "data"),
     ],
 )
 def test_the_automatic_layout_is_the_one_that_sends_least(options, ranks, global_batch, expected):
