@@ -167,7 +167,7 @@ class Config:
     )
     lr: float | None = opt(
         "Training", "Learning rate.", type=click.FloatRange(0, min_open=True),
-        shown="0.01; 0.001 for the CIFAR variants",
+        shown="0.01; smaller for small batches of own photographs and the CIFAR variants",
     )  # fmt: skip
     base_batch: int | None = opt(
         "Training", "--lr is for a batch of this size and grows with --global-batch.", type=COUNT, shown="off"
@@ -300,10 +300,13 @@ class Config:
         """
         own = images < OWN_DATA
         batch = 128 if not own else max(32, min(128, 2 ** int(math.log2(max(1, images // 64)))))
+        batch = self.global_batch or max(1, min(batch, images))
+        # One weird trick (arXiv:1404.5997), section 5: a batch k times as large bears a rate sqrt(k) times as large
+        lr = 0.01 if not own or self.base_batch else float(f"{0.01 * math.sqrt(batch / 128):.2g}")
         chosen = {
             "variant": "paper",
-            "global_batch": max(1, min(batch, images)),
-            "lr": 0.01,
+            "global_batch": batch,
+            "lr": lr,
             "schedule": "cosine" if own else "plateau",
             "warmup_epochs": 1.0 if own else 0.0,
             "mean": "pixel",

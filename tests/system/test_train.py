@@ -44,7 +44,7 @@ def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("runs") / "whole"
     said = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
     chosen, first, timing, second, *_ = said.splitlines()
-    assert chosen.startswith("96 training images: torch's initial weights, batches of 16, rate 0.01")
+    assert chosen.startswith("96 training images: torch's initial weights, batches of 16, rate 0.0035")
     assert re.fullmatch(r"at [\d,]+ images/s an epoch takes .+ checkpoints of \d+ MB take .+", timing)
     assert re.fullmatch(r"training on 1 x \d+ CPU threads, in (float32|bfloat16)", first)
     assert f"epoch 1: train loss {epoch_losses(out)[0][0]:.3f}, val loss" in second
@@ -247,7 +247,7 @@ def test_weights_and_biases_get_every_curve(dataset: Path, tmp_path: Path) -> No
     arguments = train_command("--data", dataset, "--out", tmp_path / "w", "--epochs", 1, "--wandb", *SMALL)
     subprocess.run(arguments, env=environment, check=True, cwd=ROOT, timeout=200)
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    assert calls[0] == ["init", "w", 0.01] and calls[-1] == ["finish"]
+    assert calls[0] == ["init", "w", 0.0035] and calls[-1] == ["finish"]
     assert ["log", ["val/loss", "val/top1", "val/top5"], 6] in calls
     assert [
         "log",

@@ -28,23 +28,23 @@ def given(*arguments: object) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("images", "batch", "schedule", "warmup"),
+    ("images", "batch", "lr", "schedule", "warmup"),
     [
-        (20, 20, "cosine", 1),
-        (500, 32, "cosine", 1),
-        (2_934, 32, "cosine", 1),
-        (8_144, 64, "cosine", 1),
-        (50_000, 128, "cosine", 1),
-        (1_281_167, 128, "plateau", 0),
+        (20, 20, 0.004, "cosine", 1),
+        (500, 32, 0.005, "cosine", 1),
+        (2_934, 32, 0.005, "cosine", 1),
+        (8_144, 64, 0.0071, "cosine", 1),
+        (50_000, 128, 0.01, "cosine", 1),
+        (1_281_167, 128, 0.01, "plateau", 0),
     ],
 )
 def test_few_images_get_small_batches_and_imagenet_the_papers_values(
-    images: int, batch: int, schedule: str, warmup: float
+    images: int, batch: int, lr: float, schedule: str, warmup: float
 ) -> None:
     config = Config()
     said = config.fill(images)
     assert (config.global_batch, config.schedule, config.warmup_epochs) == (batch, schedule, warmup)
-    assert (config.lr, config.init, config.variant, config.mean) == (0.01, "torch", "paper", "pixel")
+    assert (config.lr, config.init, config.variant, config.mean) == (lr, "torch", "paper", "pixel")
     assert f"{images:,} training images" in said and f"batches of {batch}" in said and schedule in said
 
 
