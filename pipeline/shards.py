@@ -14,6 +14,7 @@ This module is imported by light worker processes: it must not import torch, DAL
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import io
 import json
@@ -122,6 +123,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(_no_data_set(Path(split_dir))) from None
         except OSError as error:
+            _check_open_files(error, path)
             raise DataError(f"cannot read {path}: {error.strerror}") from None
         damaged = f"{path} is damaged: restore it from a copy or build the data set again"
         try:
@@ -204,6 +206,7 @@ class Manifest:
         try:
             content = read_regular(path, 12 * self.size**2 + _NPY_HEADER)
         except OSError as error:
+            _check_open_files(error, path)
             raise DataError(f"cannot read {path}: {error.strerror}; build the data set again") from None
         if hashlib.sha256(content).hexdigest() != self.mean_sha256:
             raise DataError(
@@ -278,10 +281,22 @@ def read_crcs(directory: Path, shard: dict[str, Any]) -> np.ndarray:
             raise ValueError("its checksum differs")
         return read_array(content, np.uint32, (shard["count"],))
     except OSError as error:
+        _check_open_files(error, path)
         problem = str(error.strerror)
     except ValueError as error:
         problem = str(error)
     raise DataError(f"{path} cannot be used ({problem}): restore it or build the data set again")
+
+
+def _check_open_files(error: OSError | lmdb.Error, path: Path) -> None:
+    """Raise DataError with the remedy where nothing is wrong with `path` but that it is one file too many."""
+    code = error.errno if isinstance(error, OSError) else getattr(error, "code", None)
+    if code in (errno.EMFILE, errno.ENFILE):
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise DataError(
+            f"cannot open {path}: too many open files (each shard is one, this process may have {allowed}): "
+            "raise the limit with `ulimit -n 65536`, in Docker with `--ulimit nofile=65536`"
+        ) from None
 
 
 def _no_data_set(split_dir: Path) -> str:
@@ -297,7 +312,11 @@ def _no_data_set(split_dir: Path) -> str:
         return (
             f"{missing}, which {other}: `python tools/build_lmdb.py {out} OUT` builds one in OUT, give that"
         )
-    return f"{missing}: build it with `python tools/build_lmdb.py SOURCE {out} --split {split}`"
+    command = f"python tools/build_lmdb.py SOURCE {out}"
+    remedy = f"{missing}: build it with `{command} --split {split}`"
+    if split == "val" and (out / "train" / MANIFEST).exists():
+        remedy += f"; without validation images, build both with `{command} --val-fraction 0.2 --overwrite`"
+    return remedy
 
 
 class ShardWriter:
@@ -389,7 +408,11 @@ def _environment(directory: Path) -> Any:
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         # readahead=False: reads are random, pages read ahead would only push others out of memory.
-        env = lmdb.open(os.fsencode(directory), readonly=True, lock=False, readahead=False, create=False)
+        try:
+            env = lmdb.open(os.fsencode(directory), readonly=True, lock=False, readahead=False, create=False)
+        except lmdb.Error as error:
+            _check_open_files(error, directory)
+            raise
         _environments[key] = env
     return env
 

@@ -1,12 +1,14 @@
 """What several tests share: folders as dictionaries, waiting, and checkpoints made without a training."""
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,40 @@ def write_log(run: Path, epochs: int = 3, steps: int = 6) -> None:
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {"global_batch": 16, "seed": 0, "augment": "all", "color_std": 0.1, "data": "x"}
     (run / "config.json").write_text(json.dumps(config))
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    """A tar with these members."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def webdataset(names: dict[str, bytes], number_of: dict[str, int]) -> bytes:
+    """A tar of key.json, key.jpg and key.cls."""
+    members: dict[str, bytes] = {}
+    for key, content in names.items():
+        members |= {f"{key}.json": b"{}", f"{key}.jpg": content, f"{key}.cls": str(number_of[key]).encode()}
+    return tar_of(members)
+
+
+def write_parquet(
+    path: Path, rows: Sequence[tuple[bytes | None, str | None, int]], names: list[str] | None
+) -> None:
+    """A file of Hugging Face's form, four rows a row group; rows are (bytes, path, label)."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), ("label", pa.int64())])
+    if names:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    columns = [[{"bytes": b, "path": p} for b, p, _ in rows], [label for _, _, label in rows]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns, schema=schema), path, row_group_size=4)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

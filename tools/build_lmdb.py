@@ -68,7 +68,7 @@ SHOWN_REASONS = 5
     type=click.Choice(ENCODINGS),
     default="jpeg",
     show_default=True,
-    help="How images are stored.",
+    help="jpeg is the smallest; png loses nothing; raw needs no decoding either, and the most space.",
 )
 @click.option("--quality", type=click.IntRange(1, 100), help=f"Of the JPEGs.  [default: {DEFAULT_QUALITY}]")
 @click.option(

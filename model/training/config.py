@@ -120,7 +120,10 @@ class Config:
     )
     # ---- Network
     variant: str | None = opt(
-        "Network", "The network: see model/alexnet.py.", shown="paper; that of --weights",
+        "Network",
+        "The network: the paper's; owt, torchvision's; bn, batch normalisation in place of LRN; "
+        "cifar-80sec and cifar-18pct, its author's for CIFAR-10.",
+        shown="paper; that of --weights",
         type=click.Choice(["paper", "owt", "bn", "cifar-80sec", "cifar-18pct"]),
     )  # fmt: skip
     activation: str = opt(

@@ -5,7 +5,6 @@ https://www.cs.toronto.edu/~kriz/cifar.html
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import io
 import operator
@@ -24,6 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from base.errors import DataError
+from base.files import lock
 from pipeline.build.images import encode
 
 SIDE = 32
@@ -47,16 +47,9 @@ def unpacked(archive: Path, out: Path) -> Iterator[Path]:
     folder = out / UNPACKED
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise DataError(f"cannot write to {folder}: {error.strerror}; name another OUT") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another build is at work in {out}: wait for it, or stop it") from None
-        except OSError:
-            pass  # a file system without locks: better to build than to refuse
+    with lock(folder, f"another build is at work in {out}: wait for it, or stop it"):
         try:
             for leftover in folder.iterdir():
                 shutil.rmtree(leftover)
@@ -64,8 +57,6 @@ def unpacked(archive: Path, out: Path) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def unpack(archive: Path, out: Path) -> None:

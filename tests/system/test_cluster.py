@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import CRASH, OPTIONS, ROOT, tree, wait_until
+from helpers import CRASH, OPTIONS, ROOT, tree, wait_until, write_parquet
 
 import pipeline.build.split
 from base.errors import DataError
@@ -169,6 +169,24 @@ def test_ctrl_c_stops_the_workers_and_resume_goes_on(
     assert process.returncode == 0, errors
     assert "from before" in said
     assert tree(tmp_path / "train") == local
+
+
+def test_parquet_files_give_the_same_bytes_as_here(
+    scheduler: str, class_folders: Path, tmp_path: Path
+) -> None:
+    folders = sorted((class_folders / "train").iterdir())
+    rows = [
+        (path.read_bytes(), None, label) for label, f in enumerate(folders) for path in sorted(f.iterdir())
+    ]
+    for number in range(2):
+        file = tmp_path / f"source/train-{number:05d}-of-00002.parquet"
+        write_parquet(file, rows[number::2], [folder.name for folder in folders])
+    source = open_source(tmp_path / "source", "train")
+    build_split(source, tmp_path / "local", OPTIONS, workers=1)
+    with cluster_module.Cluster(scheduler, tmp_path / "source", tmp_path) as cluster:
+        summary = build_split(source, tmp_path / "out", OPTIONS, workers=1, make_pool=cluster.pool)
+    assert summary.accepted == 96 and not summary.rejected
+    assert tree(tmp_path / "out/train") == tree(tmp_path / "local/train")
 
 
 real_write_shard = pipeline.build.split.write_shard

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from base.errors import DataError
+from base.errors import DataError, UserError
 from model.parallel.ranks import Ranks
 from pipeline.build import cifar
 from pipeline.build.cifar import unpack
@@ -299,7 +299,7 @@ def test_ctrl_c_while_unpacking_is_interrupted_like_a_build(batches, tmp_path, m
     # what a kill leaves is replaced, not built
     (out / cifar.UNPACKED / "train/zebra").mkdir(parents=True)
     (out / cifar.UNPACKED / "train/zebra/0.png").write_bytes(b"left")
-    busy = pytest.raises(DataError, match="another build is at work")
+    busy = pytest.raises(UserError, match="another build is at work")
     with cifar.unpacked(source, out), busy, cifar.unpacked(source, out):
         pass
     (out / cifar.UNPACKED / "train/zebra").mkdir(parents=True)

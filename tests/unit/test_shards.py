@@ -20,6 +20,7 @@ import lmdb
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -476,6 +477,42 @@ def test_what_is_no_data_set_is_said_with_the_way_to_one(copy: Path, tmp_path: P
         ShardReader(tmp_path / "photos/train")
     with pytest.raises(DataError, match=f"one split of a data set, give {re.escape(str(copy))}$"):
         ShardReader(copy / "train" / "val")
+    shutil.rmtree(copy / "val")
+    with pytest.raises(DataError, match=r"--split val`; without .*`.* --val-fraction 0\.2 --overwrite`$"):
+        ShardReader(copy / "val")
+
+
+def test_too_many_open_files_are_no_damage(class_folders: Path, tmp_path: Path) -> None:
+    build_split(
+        open_source(class_folders / "val", "val"), tmp_path, Options(32, images_per_shard=1), workers=1
+    )
+    program = """if True:
+        import resource, sys
+        from base.errors import DataError
+        from pipeline.shards import Manifest, ShardReader
+        def attempt(call):
+            try:
+                call()
+            except DataError as error:
+                print(error.message)
+        readers = [ShardReader(sys.argv[1]) for _ in range(2)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+        attempt(readers[0].check_counts)
+        attempt(lambda: [readers[1].read(index) for index in range(24)])
+        files = []
+        try:
+            while True:
+                files.append(open("/dev/null"))
+        except OSError:
+            attempt(lambda: Manifest.load(sys.argv[1]))
+            attempt(lambda: readers[0].manifest.load_mean(sys.argv[1]))
+    """
+    command = [sys.executable, "-c", program, str(tmp_path / "val")]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 4
+    for line in said:
+        assert "too many open files (each shard is one, this process may have 16)" in line
+        assert "ulimit -n 65536" in line and "again" not in line and "damaged" not in line
 
 
 def test_mean_is_checked(copy: Path) -> None:

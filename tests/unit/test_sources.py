@@ -6,14 +6,13 @@ import json
 import os
 import tarfile
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import tree
+from helpers import tar_of, tree, webdataset, write_parquet
 
 import pipeline.build.split
 from base.errors import DataError
@@ -36,16 +35,6 @@ def _write(root: Path, files: dict[str, bytes]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     return root
-
-
-def _tar(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 def _classes(source: Source) -> dict[str, str]:
@@ -144,20 +133,13 @@ def test_caffes_lists_of_class_folders(tmp_path: Path, prefix: str) -> None:
     assert source.wnids == WNIDS and _classes(source) == {n: n.split("/")[0] for n in _train()}
 
 
-def _webdataset(names: dict[str, bytes], number_of: dict[str, int]) -> bytes:
-    members: dict[str, bytes] = {}
-    for key, content in names.items():
-        members |= {f"{key}.json": b"{}", f"{key}.jpg": content, f"{key}.cls": str(number_of[key]).encode()}
-    return _tar(members)
-
-
 def test_webdataset_tars(tmp_path: Path) -> None:
     pictures = {f"{w}_{i}": _jpeg(10 * n + i) for n, w in enumerate(WNIDS) for i in range(3)}
     numbers = {key: WNIDS.index(key[:9]) for key in pictures}
     keys = list(pictures)
     root = tmp_path / "wds"
     parts = {f"in-train-{i:04d}.tar": keys[i::2] for i in range(2)} | {"in-validation-00.tar": keys[:2]}
-    _write(root, {t: _webdataset({k: pictures[k] for k in part}, numbers) for t, part in parts.items()})
+    _write(root, {t: webdataset({k: pictures[k] for k in part}, numbers) for t, part in parts.items()})
     splits = find_splits(root)
     assert splits == {"train": root, "val": root}
     train, val = open_source(root, "train"), open_source(root, "val", train_wnids=WNIDS)
@@ -176,35 +158,21 @@ def test_webdataset_tars(tmp_path: Path) -> None:
         "a/1.cls": b"0",
         "a/2.jpg": _jpeg(3),
     }
-    (tmp_path / "x.tar").write_bytes(_tar(members))
+    (tmp_path / "x.tar").write_bytes(tar_of(members))
     source = open_source(tmp_path / "x.tar", "train")
     assert [image.label for image in source.images] == [1, 0] and source.wnids == ["0000", "0001"]
     assert source.rejected == [("x.tar/a/2.jpg", "no class (.cls) beside it in the tar")]
-
-
-def _parquet(
-    path: Path, rows: Sequence[tuple[bytes | None, str | None, int]], names: list[str] | None
-) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    schema = pa.schema([("image", image), ("label", pa.int64())])
-    if names:
-        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-        schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    columns = [[{"bytes": b, "path": p} for b, p, _ in rows], [label for _, _, label in rows]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns, schema=schema), path, row_group_size=4)
 
 
 def test_hugging_faces_parquet_files(tmp_path: Path) -> None:
     pictures = [(_jpeg(i), None, i % 3) for i in range(22)]
     names = ["tench, Tinca tinca", "goldfish", "kit fox"]
     root = tmp_path / "imagenet-1k"
-    _parquet(root / "data/train-00000-of-00002.parquet", pictures[:13], names)
-    _parquet(
+    write_parquet(root / "data/train-00000-of-00002.parquet", pictures[:13], names)
+    write_parquet(
         root / "data/train-00001-of-00002-0a1b2c.parquet", [*pictures[13:], (_jpeg(99), None, -1)], names
     )
-    _parquet(root / "data/validation-00000-of-00001.parquet", pictures[:5], names)
+    write_parquet(root / "data/validation-00000-of-00001.parquet", pictures[:5], names)
     splits = find_splits(root)
     assert list(splits) == ["train", "val"]
     train = open_source(splits["train"], "train")
@@ -233,7 +201,7 @@ def _names_file(folder: Path) -> Path:
 
 def test_damaged_parquet_files(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
-    _parquet(path, [(None, "x.jpg", 0), (_jpeg(1), "y.jpg", 1)], None)
+    write_parquet(path, [(None, "x.jpg", 0), (_jpeg(1), "y.jpg", 1)], None)
     source = open_source(path, "train")
     summary = build_split(source, tmp_path / "out", Options(32), workers=1)
     assert summary.accepted == 1 and summary.rejected[0]["reason"] == "the row holds no bytes of an image"
@@ -260,7 +228,7 @@ def test_a_folder_too_high_is_refused_and_the_right_one_named(tmp_path: Path, pl
 @pytest.mark.parametrize("splits", [["train/", "val/"], ["train/"], ["x/train/", "x/val/"]])
 def test_a_tar_with_splits_in_it_is_refused(tmp_path: Path, splits: list[str]) -> None:
     path = tmp_path / "x.tar"
-    path.write_bytes(_tar({name: content for split in splits for name, content in _train(split).items()}))
+    path.write_bytes(tar_of({name: content for split in splits for name, content in _train(split).items()}))
     with pytest.raises(DataError, match="unpack it, then name the folder with the classes"):
         open_source(path, "train")
 
@@ -409,9 +377,9 @@ def test_a_tar_header_that_claims_much_costs_one_inner_tar(tmp_path: Path) -> No
         header = tarfile.TarInfo("pax")
         header.type, header.size = tarfile.XHDTYPE, 0
         chain += header.tobuf()
-    members = {"n1.tar": _tar({"a.jpg": b"a"}), "n2.tar": long_name.tobuf() + bytes(1024), "n3.tar": chain}
+    members = {"n1.tar": tar_of({"a.jpg": b"a"}), "n2.tar": long_name.tobuf() + bytes(1024), "n3.tar": chain}
     path = tmp_path / "train.tar"
-    path.write_bytes(_tar(members))
+    path.write_bytes(tar_of(members))
     source = open_source(path, "val")
     assert [image.name for image in source.images] == ["n1/a.jpg"]
     assert [name for name, _ in source.rejected] == ["n2.tar", "n3.tar"]
@@ -423,7 +391,7 @@ def test_a_devkit_that_unfolds_without_end_is_refused(tmp_path: Path) -> None:
     mat = io.BytesIO()
     scipy.io.savemat(mat, {"synsets": np.zeros(10 << 20)}, do_compression=True)
     files = {"k/data/meta.mat": mat.getvalue(), "k/data/ILSVRC2012_validation_ground_truth.txt": b"1\n"}
-    bombs = {"mat": gzip.compress(_tar(files)), "gz": gzip.compress(bytes(80 << 20), 1)}
+    bombs = {"mat": gzip.compress(tar_of(files)), "gz": gzip.compress(bytes(80 << 20), 1)}
     flat = _write(tmp_path / "val", {"ILSVRC2012_val_00000001.JPEG": b""})
     for name, content in bombs.items():
         assert len(content) < 1 << 20
