@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import secrets
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -42,6 +44,16 @@ def read_regular(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes; see `open_regular`."""
     with open_regular(path, limit) as file:
         return file.read()
+
+
+def check_stored(content: bytes) -> None:
+    """ValueError where the zip in `content` is compressed, or its members overlap: it could unfold to any size."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
+        sum(member.file_size for member in members) > len(content)
+    ):
+        raise ValueError("it is compressed")
 
 
 def file_sha256(path: Path) -> str:

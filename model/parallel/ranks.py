@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from base.errors import ModelError
+from base.errors import ModelError, UserError
 from base.machine import keep_freed_memory
 
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
@@ -103,7 +103,7 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
             while not errors.empty():
                 messages.add(errors.get())
             for message in sorted(messages):
-                click.ClickException(message).show()
+                UserError(message).show()
             if not messages and isinstance(failed, mp.ProcessRaisedException):
                 raise
             code = getattr(failed, "exit_code", 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,14 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from base.errors import ModelError
-from base.files import atomic_file, fsync_directory, read_regular, remove_temporary, temporary_path
+from base.files import (
+    atomic_file,
+    check_stored,
+    fsync_directory,
+    read_regular,
+    remove_temporary,
+    temporary_path,
+)
 from pipeline.preprocess import Preprocess
 
 DIGEST_BYTES = 64  # sha256 in hexadecimal
@@ -61,19 +67,22 @@ def load(path: Path) -> dict[str, Any]:
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ModelError(f"the checkpoint {path} is damaged (its checksum does not match)")
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            entries = archive.infolist()
-        # torch.save compresses nothing: what is compressed, or overlaps, could unfold to any size
-        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or (
-            sum(e.file_size for e in entries) > len(content)
-        ):
-            raise ValueError("it is compressed")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = unpack(content)
         _check(state)
     except Exception as error:  # torch raises many kinds, some of many lines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path} is no checkpoint of this program's train.py ({reason[:200]})") from None
     return dict(state)
+
+
+def unpack(content: bytes) -> Any:
+    """What is in the bytes of a file of torch.save, on the CPU, without running code of it.
+
+    Raises whatever torch raises, which is of many kinds and may be pages long.
+    """
+    if content.startswith(b"PK"):  # else the format of torch before 1.6, which has no compression
+        check_stored(content)  # as torch.save writes them
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _check(state: Any) -> None:

@@ -17,7 +17,7 @@ import cloup
 from click.core import ParameterSource
 
 from base.errors import ModelError
-from base.files import write_atomic
+from base.files import read_regular, write_atomic
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GROUPS = ("Data", "Network", "Training", "Regularisation", "Speed", "Run")
@@ -423,6 +423,7 @@ class Config:
 
 # --- the command line ----------------------------------------------------------------------------------------
 
+MAX_CONFIG_BYTES = 1 << 20  # of a config.json
 # of each start; never taken from another run's file. What sends data away is the user's own to turn on.
 OF_THIS_START = {"out", "resume", "auto_resume", "fall_back", "wandb"}
 
@@ -430,8 +431,8 @@ OF_THIS_START = {"out", "resume", "auto_resume", "fall_back", "wandb"}
 def _read(path: Path, command: click.Command) -> dict[str, Any]:
     """The options in a config.json or recipe, converted by the options' own types; raises ModelError."""
     try:
-        saved = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        saved = dict(json.loads(read_regular(path, MAX_CONFIG_BYTES)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{path} is not a config.json of a run ({error}): restore it, or leave it out"
         ) from None

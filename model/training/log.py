@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from base.errors import ModelError
-from base.files import write_atomic
+from base.files import open_regular, read_regular, write_atomic
 
 FIELDS = ("epoch", "step", "loss", "lr", "images_per_s", "data_wait", "val_loss", "top1", "top5")
 
@@ -51,7 +51,8 @@ def read_log(run: Path, strict: bool = True) -> list[dict[str, Any]]:
     """
     path = (run.parent if run.is_file() else run) / "log.jsonl"
     try:
-        lines = path.read_bytes().splitlines()
+        with open_regular(path) as file:
+            lines = file.read().splitlines()
     except OSError as error:
         if not strict:
             return []
@@ -63,7 +64,8 @@ def read_log(run: Path, strict: bool = True) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             entries.append({**entry, "step": int(entry["step"]), "kind": str(entry["kind"])})
-        except (ValueError, TypeError, KeyError):  # also bytes that are not UTF-8
+        # ValueError also for bytes that are not UTF-8, OverflowError for a step of Infinity
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             if strict and number < len(lines):
                 raise ModelError(f"line {number} of {path} is damaged: delete it") from None
             break
@@ -228,8 +230,8 @@ def _wandb(out: Path, config: dict[str, Any], resumed: bool) -> Any:
     identity = out / "wandb-id"
     if not (resumed and identity.exists()):
         write_atomic(identity, uuid.uuid4().hex.encode())
-    options: dict[str, Any] = {"id": identity.read_text(), "name": out.name, "resume": "allow"}
-    return wandb.init(project="alexnet-dali", config=config, **options)
+    own = read_regular(identity, 100).decode("ascii")
+    return wandb.init(project="alexnet-dali", config=config, id=own, name=out.name, resume="allow")
 
 
 def duration(seconds: float) -> str:

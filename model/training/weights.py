@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import ModelError
+from base.files import open_regular, read_regular
 from model.alexnet import AlexNet
 from model.training import checkpoint
 
@@ -88,7 +89,7 @@ def load_weights(path: Path) -> Weights:
         except (KeyError, TypeError, ValueError):
             raise ModelError(f"{path} is not a checkpoint of train.py: give another --weights") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint.unpack(read_regular(path, checkpoint.MAX_BYTES))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # torch raises many kinds, with pages of advice
@@ -101,7 +102,7 @@ def load_weights(path: Path) -> Weights:
 def _is_ours(path: Path) -> bool:
     """Whether a file ends in the checksum that `checkpoint.save` writes."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(-checkpoint.DIGEST_BYTES, 2)
             end = file.read()
         return len(bytes.fromhex(end.decode("ascii"))) * 2 == checkpoint.DIGEST_BYTES
@@ -130,6 +131,7 @@ def _from_safetensors(path: Path) -> Weights:
     except ImportError:
         raise ModelError("safetensors is not installed: run pip install -e '.[export]'") from None
     try:
+        open_regular(path, checkpoint.MAX_BYTES).close()
         with safe_open(str(path), framework="pt") as file:
             about, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

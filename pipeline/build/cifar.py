@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from base.errors import DataError
-from base.files import lock
+from base.files import lock, open_regular
 from pipeline.build.images import encode
 
 SIDE = 32
@@ -105,7 +105,7 @@ def _read(archive: Path) -> tuple[list[str], list[Batch]]:
 def _content(archive: Path) -> bytes:
     """The tar, read to the end of its gzip stream: the checksum is there, behind the tar's own end mark."""
     try:
-        with archive.open("rb") if archive.suffix == ".tar" else gzip.open(archive) as stream:
+        with open_regular(archive) as file, file if archive.suffix == ".tar" else gzip.open(file) as stream:
             content = stream.read(MAX_BYTES + 1)
     except (OSError, zlib.error, EOFError) as error:
         raise DataError(f"{archive} is damaged, or cut short ({error}): fetch it again") from None

@@ -18,9 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from base.errors import DataError
+from base.files import open_regular, read_regular
 from pipeline.build.listing import TAR_ERRORS, Listing, looks_like_image
 
 DEVKIT = "ILSVRC2012_devkit_t12"
+MAX_LIST_BYTES = 1 << 30  # of a list of names or labels; one line for each image at most
 MAX_DEVKIT_BYTES = 1 << 26  # unpacked, also of meta.mat alone: the real one has 5 million
 _DEVKIT_MEMBERS = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})[._]")
@@ -239,7 +241,7 @@ def read_names(path: Path) -> dict[str, str]:
 def _read_lines(path: Path) -> list[str]:
     try:
         # File names may hold any bytes: the same escapes as os.scandir uses.
-        text = path.read_text("utf-8-sig", "surrogateescape")
+        text = read_regular(path, MAX_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     return [line for line in text.splitlines() if line.strip()]
@@ -307,7 +309,7 @@ class Devkit:
 
 
 def _read_bounded(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         content = file.read(MAX_DEVKIT_BYTES + 1)
     if len(content) > MAX_DEVKIT_BYTES:
         raise ValueError(f"more than {MAX_DEVKIT_BYTES:,} bytes in {path.name}")
@@ -316,10 +318,10 @@ def _read_bounded(path: Path) -> bytes:
 
 def _bounded_stream(path: Path) -> io.BytesIO:
     """The devkit's tar, unzipped where it is zipped."""
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if zipped else path.open("rb") as stream:
-        content = stream.read(MAX_DEVKIT_BYTES + 1)
+    with open_regular(path) as file:
+        zipped = file.peek(2).startswith(b"\x1f\x8b")
+        with gzip.open(file) if zipped else file as stream:
+            content = stream.read(MAX_DEVKIT_BYTES + 1)
     if len(content) > MAX_DEVKIT_BYTES:
         raise ValueError(f"more than {MAX_DEVKIT_BYTES:,} bytes in it")
     return io.BytesIO(content)

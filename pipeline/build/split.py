@@ -26,7 +26,7 @@ import numpy as np
 import PIL
 
 from base.errors import DataError
-from base.files import fsync_directory, write_atomic
+from base.files import check_stored, fsync_directory, read_regular, write_atomic
 from pipeline.build.headers import RejectedError
 from pipeline.build.images import DecoderWarnings, encode_bgr, kernels, prepare_bgr
 from pipeline.build.listing import RawImage, RawReader
@@ -49,6 +49,7 @@ from pipeline.shards import (
     DATABASE,
     FORMAT_VERSION,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     MEAN,
     Manifest,
     ShardWriter,
@@ -227,7 +228,9 @@ def _read_note(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """(text, sums) of a finished shard of so many images; ValueError unless they are what `_write_shard` writes."""
     try:
-        with np.load(_note(partial, number, token)) as arrays:
+        content = read_regular(_note(partial, number, token), 24 * size**2 + MAX_MANIFEST_BYTES)
+        check_stored(content)
+        with np.load(io.BytesIO(content)) as arrays:
             note, sums = json.loads(str(arrays["text"])), arrays["sums"]
         shard = note["shard"]
         good = (
@@ -239,7 +242,7 @@ def _read_note(
         )
         if good and shard["count"]:
             good = (partial / shard["name"] / DATABASE).stat().st_size == shard["bytes"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile, MemoryError):
         good = False
     if not good:
         raise ValueError("no finished shard")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import DataError
-from base.files import write_atomic
+from base.files import read_regular, write_atomic
 from pipeline.shards import MANIFEST, Manifest, foreign
 
 
@@ -37,8 +37,8 @@ def claim(
             os.close(lock)
         else:
             try:
-                known = _checked(json.loads(started.read_bytes()))
-            except (FileNotFoundError, ValueError):
+                known = _checked(json.loads(read_regular(started, 1 << 20)))
+            except (FileNotFoundError, ValueError, RecursionError):
                 known = {"fingerprint": None, "overwrite": True}
                 if (partial / MANIFEST).exists():
                     known["fingerprint"] = Manifest.load(partial).fingerprint

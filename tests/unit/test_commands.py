@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from helpers import ROOT, make_run
 
+from base.errors import DataError
 from tools.lib import cli
 
 COMMANDS = ("benchmark", "evaluate", "export", "predict", "show")
@@ -125,3 +126,11 @@ def test_text_for_terminals_and_spreadsheets() -> None:
         assert cli.cell(text) == f"'{text}"
     assert cli.cell("tench") == "tench"
     assert cli.cell("\t=1") == "\\t=1"
+
+
+def test_escape_sequences_of_names_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    DataError("no images of \x1b]0;x\x07caf\udce9\r 猫\nError: more").show()
+    cli.echo("a\x1b[2J\nb")
+    said = capsys.readouterr()
+    assert said.err == "Error: no images of \\x1b]0;x\\x07caf\\xe9\\r 猫\\nError: more\n"
+    assert said.out == "a\\x1b[2J\nb\n"

@@ -1,6 +1,7 @@
 """Config: what is not given follows from the number of images; files are converted by the options' own types."""
 
 import json
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 import pytest
-from helpers import ROOT, train_here
+from helpers import ROOT, train_error, train_here
 
 import train
 from base.errors import ModelError
@@ -17,7 +18,7 @@ from base.files import lock
 from model.alexnet import ACTIVATIONS, DROPPABLE, VARIANTS
 from model.parallel.layouts import LAYOUTS
 from model.training import recipe
-from model.training.config import Config
+from model.training.config import Config, command
 from pipeline.load.plan import AUGMENTATIONS
 from pipeline.preprocess import MEANS
 
@@ -133,3 +134,45 @@ def test_a_finished_run_says_so_and_keeps_its_config(dataset: Path, tmp_path: Pa
     done = train_here("--out", tmp_path, "--resume", "--epochs", 1)
     assert done.exit_code == 1 and "has 2 epochs already" in done.output
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"keep": 0}, "keep cannot be 0"),
+        ({"milestones": ["1"]}, "milestones cannot be"),
+        ({"epochs": "many"}, "epochs cannot be 'many'"),
+        ({"data": {}}, "data cannot be"),
+    ],
+)
+def test_resume_reads_a_run_folder_of_another_making_as_strictly(
+    content: Any, message: str, tmp_path: Path
+) -> None:
+    """Else `keep` 0 would delete every checkpoint but the best."""
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for step in range(3):
+        (tmp_path / f"checkpoint-{step:09d}.pt").write_bytes(b"")
+    error = train_error("--out", tmp_path, "--resume")
+    assert f"{tmp_path / 'config.json'}: {message}" in error
+    assert len(list(tmp_path.glob("checkpoint-*.pt"))) == 3
+
+
+def test_resume_sends_nothing_away_unless_asked_again(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"wandb": True, "lr": 0.25}))
+    (tmp_path / "checkpoint-000000001.pt").write_bytes(b"")
+    seen: list[Config] = []
+    command(seen.append).main(["--out", str(tmp_path), "--resume"], standalone_mode=False)
+    command(seen.append).main(["--out", str(tmp_path), "--resume", "--wandb"], standalone_mode=False)
+    assert [(config.wandb, config.lr) for config in seen] == [(False, 0.25), (True, 0.25)]
+
+
+@pytest.mark.parametrize("content", [None, "[" * 100_000, " " * (1 << 21)])
+def test_a_config_that_is_a_pipe_or_huge_or_deep_is_one_line(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(content)
+    (tmp_path / "checkpoint-000000001.pt").write_bytes(b"")
+    for arguments in (("--config", path), ("--out", tmp_path, "--resume")):
+        assert f"{path} is not a config.json" in train_error(*arguments)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import runpy
 from dataclasses import replace
@@ -224,6 +225,8 @@ def test_what_is_wrong_is_said_in_one_line(run, owt, dataset, tmp_path, monkeypa
     (tmp_path / "junk.pth").write_text("junk")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     torch.save(torchvision.models.alexnet(num_classes=7).state_dict(), tmp_path / "seven.pth")
+    os.mkfifo(tmp_path / "pipe")
+    names = ("--names", tmp_path / "pipe")
     back = ("--out", tmp_path / "o.pt", "--data", dataset)
     for arguments, code, words in (
         ((run,), 2, "nothing to write"),
@@ -235,6 +238,8 @@ def test_what_is_wrong_is_said_in_one_line(run, owt, dataset, tmp_path, monkeypa
         (("--from-torchvision", tmp_path / "none.pth", *back), 1, "No such file"),
         (("--from-torchvision", tmp_path / "other.pth", *back), 1, "not a state dict of torchvision"),
         (("--from-torchvision", tmp_path / "seven.pth", *back), 1, "7 outputs"),
+        (("--from-torchvision", tmp_path / "pipe", *back), 1, "not a regular file"),
+        (("--from-torchvision", tmp_path / "seven.pth", *back[:2], *names), 1, "not a regular file"),
     ):
         done = invoke(*arguments, code=code)
         assert re.search(r"(^|\n\n)Error: [^\n]+\n$", done.stderr) and words in done.stderr, done.stderr

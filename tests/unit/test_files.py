@@ -1,10 +1,12 @@
 """base/files.py: what survives a crash, a planted link, a pipe and a second process."""
 
+import io
 import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import pytest
 
@@ -12,6 +14,7 @@ import base.files
 from base.errors import UserError
 from base.files import (
     atomic_file,
+    check_stored,
     file_sha256,
     lock,
     make_directory,
@@ -121,6 +124,16 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:
     assert read_regular(sparse, (1 << 20) + 1) == bytes((1 << 20) + 1)
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "nothing", 9)
+
+
+def test_a_zip_that_unfolds_is_told_from_one_that_is_stored() -> None:
+    plain, deflated = io.BytesIO(), io.BytesIO()
+    for buffer, kind in ((plain, ZIP_STORED), (deflated, ZIP_DEFLATED)):
+        with ZipFile(buffer, "w", kind) as archive:
+            archive.writestr("a", bytes(1000))
+    check_stored(plain.getvalue())
+    with pytest.raises(ValueError, match="compressed"):
+        check_stored(deflated.getvalue())
 
 
 @pytest.mark.parametrize("name", ["", "lock"])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch
 from click.testing import CliRunner
 from helpers import make_run
 
+from base.errors import ModelError
+from model.training.log import read_log
 from pipeline.build.images import prepare
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
@@ -21,7 +24,7 @@ from pipeline.preprocess import Preprocess, network_input, stored_image
 from pipeline.shards import ShardReader
 from tools import predict as tool
 from tools.lib import samples
-from tools.lib.runs import load_run
+from tools.lib.runs import load_run, read_config
 
 QUICK = ["--gpus", "0", "--workers", "0", "--no-progress"]
 
@@ -198,3 +201,32 @@ def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path, photos):
         assert re.fullmatch(r"Error: [^\n]+\n", done.stderr) and words in done.stderr
     done = CliRunner().invoke(tool.main, [str(run)])
     assert done.exit_code == 2
+
+
+def test_pipes_are_not_waited_for_and_bombs_are_refused_unread(run, photos, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.jpg").symlink_to("pipe.jpg")
+    with (tmp_path / "sparse.jpg").open("wb") as file:
+        file.write(photos["rocket"].read_bytes())
+        file.truncate(4 << 30)
+    names = [tmp_path / name for name in ("pipe.jpg", "link.jpg", "sparse.jpg")]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done = invoke(run, photos["rocket"], *names, code=1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # kB
+    errors = done.stderr.splitlines()
+    assert [f"{path}: not a regular file" for path in names[:2]] == errors[:2]
+    assert errors[2].startswith(f"{names[2]}: 4,294,967,296 bytes, more than the limit")
+    assert str(photos["rocket"]) in done.stdout
+
+
+def test_a_run_folder_of_pipes_is_refused(run, photos, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    os.mkfifo(folder / "config.json")
+    assert read_config(folder) == {}
+    os.mkfifo(folder / "log.jsonl")
+    with pytest.raises(ModelError, match=r"cannot read .*not a regular file"):
+        read_log(folder)
+    os.mkfifo(folder / "best.pt")
+    for path in (folder, folder / "best.pt"):
+        assert re.fullmatch(r"Error: [^\n]+\n", invoke(path, photos["rocket"], code=1).stderr)

@@ -182,6 +182,20 @@ def test_wrong_labels_file(tmp_path: Path, lines: str, message: str) -> None:
     assert "\n" not in caught.value.message
 
 
+def test_names_are_taken_from_the_folder_and_its_parent_and_no_further_up(tmp_path: Path) -> None:
+    """A folder above them, such as /tmp, may be anybody's; which file was taken is said."""
+    folder = tmp_path / "photos/train"
+    _folders(folder, {"a/x.JPEG": b"1"})
+    (tmp_path / "synset_words.txt").write_text("a planted")
+    source = open_source(folder, "train")
+    assert source.names == {} and source.notes == []
+    for place in (folder.parent, folder):
+        (place / "synset_words.txt").write_text(f"a from {place.name}")
+        source = open_source(folder, "train")
+        assert source.names == {"a": f"from {place.name}"}
+        assert source.notes == [f"names of the classes: {place / 'synset_words.txt'}"]
+
+
 def test_class_folders_skip_what_is_hidden_and_try_the_rest(tmp_path: Path) -> None:
     _folders(
         tmp_path,

@@ -16,6 +16,7 @@ from helpers import tar_of, tree, webdataset, write_parquet
 
 import pipeline.build.split
 from base.errors import DataError
+from pipeline.build import cifar
 from pipeline.build.listing import RawReader
 from pipeline.build.sources import Source, find_splits, open_source, split_source
 from pipeline.build.split import Options, build_split
@@ -312,6 +313,17 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
         RawReader(root).read(source.images[0]._replace(name="a/link.jpg"))
 
 
+def test_lists_and_archives_that_are_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    root = _write(tmp_path / "val", {"ILSVRC2012_val_00000001.JPEG": _jpeg(1)})
+    pipe = tmp_path / "pipe.tar.gz"
+    os.mkfifo(pipe)
+    for options in ("--devkit", "--labels", "--names"):
+        code, output = _invoke(root, tmp_path / "out", "--split", "val", options, pipe)
+        assert code == 1 and "not a regular file" in output.splitlines()[-1], output
+    with pytest.raises(DataError, match="not a regular file"):
+        cifar.unpack(pipe, tmp_path / "cifar")
+
+
 # --- validation images from the training images ------------------------------------------------------------
 
 
@@ -401,7 +413,10 @@ def test_a_devkit_that_unfolds_without_end_is_refused(tmp_path: Path) -> None:
             open_source(flat, "val", devkit=path)
 
 
-def test_a_planted_note_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("planted", ["name", "compressed", "pipe"])
+def test_a_planted_note_deletes_nothing(
+    planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = _write(tmp_path / "photos", _train())
     source = open_source(root, "train")
     out = tmp_path / "out"
@@ -417,8 +432,14 @@ def test_a_planted_note_deletes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     (note,) = (out / "train.partial/work").glob("*.npz")
     with np.load(note) as arrays:
         text, sums = json.loads(str(arrays["text"])), arrays["sums"]
-    text["shard"] |= {"name": "../../victim", "count": 0}
-    np.savez(note, sums=sums, text=np.array(json.dumps(text)))
+    if planted == "pipe":
+        note.unlink()
+        os.mkfifo(note)
+    elif planted == "compressed":  # the right note, but one like it could unfold to any size
+        np.savez_compressed(note, sums=sums, text=np.array(json.dumps(text)))
+    else:
+        text["shard"] |= {"name": "../../victim", "count": 0}
+        np.savez(note, sums=sums, text=np.array(json.dumps(text)))
     summary = build_split(source, out, Options(32), workers=1, resume=True)
     assert summary.accepted == expected.accepted and summary.resumed == 0
     assert (victim / "thesis.tex").exists()

@@ -1,7 +1,9 @@
 """--weights: runs, torchvision's state dicts and safetensors, what fits and what does not."""
 
+import os
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import save_file
 
 from base.errors import ModelError
 from model.alexnet import AlexNet
-from model.training.checkpoint import find, load
+from model.training.checkpoint import find, load, unpack
 from model.training.weights import IMAGENET_STD, load_weights
 from pipeline.preprocess import IMAGENET_MEAN
 
@@ -75,6 +77,25 @@ def test_files_of_anything_else_are_refused_in_one_line(dataset: Path, tmp_path:
     torch.save(torchvision_state(3), tmp_path / "a.pth")
     with pytest.raises(ModelError, match="weights of another network"):
         load_weights(tmp_path / "a.pth").into(AlexNet(3))
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelError, match=f"cannot read .*{name}.*not a regular file"):
+        load_weights(tmp_path / name)
+
+
+def test_weights_that_unfold_are_refused_before_they_do(tmp_path: Path) -> None:
+    torch.save({"features.0.weight": torch.zeros(1 << 20)}, tmp_path / "a.pth")
+    with ZipFile(tmp_path / "a.pth") as plain, ZipFile(tmp_path / "b.pth", "w", ZIP_DEFLATED) as deflated:
+        for member in plain.namelist():
+            deflated.writestr(member, plain.read(member))
+    assert (tmp_path / "b.pth").stat().st_size < 1 << 16
+    with pytest.raises(ValueError, match="it is compressed"):
+        unpack((tmp_path / "b.pth").read_bytes())
+    with pytest.raises(ModelError, match="not a file of weights"):
+        load_weights(tmp_path / "b.pth")
 
 
 def test_a_training_begins_with_frozen_convolutions(dataset: Path, tmp_path: Path) -> None:

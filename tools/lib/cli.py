@@ -6,14 +6,13 @@ Building a command must stay quick: nothing here imports torch, DALI, OpenCV or 
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from base.errors import ModelError
+from base.errors import ModelError, printable
 from model.training.config import Config
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -94,22 +93,6 @@ def progress_option() -> Callable[[Any], Any]:
 # --- text ----------------------------------------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
-    """Names from outside for people: control characters and bytes that are not UTF-8 become escapes like \\x1b."""
-    return "".join(c if _harmless(c) else _escaped(c) for c in text)
-
-
-def _harmless(character: str) -> bool:
-    return character.isprintable() or unicodedata.category(character) == "Zs"
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name, as os.fsdecode keeps it
-        return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape", "surrogatepass").decode()
-
-
 def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
@@ -124,9 +107,10 @@ def cell(text: str) -> str:
 
 
 def echo(text: str, err: bool = False) -> None:
-    """Print to any terminal: what its encoding lacks becomes an escape."""
+    """Print to any terminal: what its encoding lacks becomes an escape, as do control characters of names."""
     stream = sys.stderr if err else sys.stdout
     encoding = stream.encoding or "utf-8"
+    text = "\n".join(map(printable, text.split("\n")))
     click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import DataError, ModelError
-from base.files import temporary_path
+from base.files import read_regular, temporary_path
 from model.alexnet import AlexNet
 from model.lrn import LRN
 from model.training import checkpoint
@@ -25,6 +25,7 @@ from pipeline.shards import MANIFEST, Manifest
 from tools.lib.cli import cannot_write
 from tools.lib.runs import Classes, Run
 
+MAX_NAMES_BYTES = 1 << 26  # of a file of class names
 # logits of ONNX Runtime may differ by this share of the largest of torch's: float32 sums in another order
 TOLERANCE = 1e-4
 
@@ -232,7 +233,7 @@ def from_torchvision(
     classes do not fit.
     """
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        state = checkpoint.unpack(read_regular(Path(source), checkpoint.MAX_BYTES))
     except OSError as error:
         raise ModelError(f"cannot read {source}: {error.strerror}") from None
     except Exception:  # torch raises many kinds, with pages of advice
@@ -288,7 +289,10 @@ def from_torchvision(
 
 def _read_classes(path: Path) -> Classes:
     """The classes of a file of `wnid name` lines, in sorted order of the wnids."""
-    lines = path.read_text("utf-8-sig", "surrogateescape").splitlines()
+    try:
+        lines = read_regular(path, MAX_NAMES_BYTES).decode("utf-8-sig", "surrogateescape").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
     entries = (line.strip().replace("\t", " ").partition(" ") for line in lines if line.strip())
     return [{"wnid": wnid, "name": name.strip() or None} for wnid, _, name in sorted(entries)]
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from base.errors import DataError, ModelError
+from base.files import read_regular
 from model.alexnet import AlexNet
 from model.parallel.ranks import count_gpus
 from model.training import checkpoint
+from model.training.config import MAX_CONFIG_BYTES
 from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest
 
@@ -97,10 +99,10 @@ def data_of(run: Path, data: Path | None) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """A run's options from its config.json; none if it was not kept."""
     try:
-        return dict(json.loads((folder / "config.json").read_text()))
+        return dict(json.loads(read_regular(folder / "config.json", MAX_CONFIG_BYTES)))
     except OSError:
         return {}
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ModelError(f"{folder / 'config.json'} is damaged: delete it or restore it") from None
 
 

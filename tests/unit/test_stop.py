@@ -1,0 +1,73 @@
+"""StopRequest: signals ask for a save, twice at once is once, and nohup's are left alone."""
+
+import signal
+from collections.abc import Iterator
+from signal import raise_signal
+from types import SimpleNamespace
+
+import pytest
+
+from model.parallel import ranks
+from model.parallel.ranks import StopRequest
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Killed(Exception):
+    """A signal's default action, which would end the tests."""
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A time that stands still, and an end of the process that is an exception."""
+    now = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+
+    def killed(number: int) -> None:
+        assert signal.getsignal(number) == signal.SIG_DFL
+        raise Killed(number)
+
+    monkeypatch.setattr(signal, "raise_signal", killed)
+    return now
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_asks_for_a_save(number: signal.Signals) -> None:
+    stop = StopRequest()
+    assert not stop.requested
+    raise_signal(number)
+    assert stop.requested
+
+
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_kills_but_not_at_once(second: signal.Signals, clock: SimpleNamespace) -> None:
+    stop = StopRequest()
+    raise_signal(signal.SIGTERM)
+    for seconds in (0, 0.5, 0.5):  # counted from the first one
+        clock.seconds += seconds
+        raise_signal(second)
+    assert stop.requested
+    clock.seconds += 0.01
+    with pytest.raises(Killed):
+        raise_signal(second)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_was_ignored_at_the_start_stays_ignored(number: signal.Signals) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    stop = StopRequest()
+    raise_signal(number)
+    assert signal.getsignal(number) == signal.SIG_IGN and not stop.requested
+    for other in set(SIGNALS) - {number}:
+        raise_signal(other)
+        assert stop.requested
