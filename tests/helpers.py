@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -107,6 +108,19 @@ def write_log(run: Path, epochs: int = 3, steps: int = 6) -> None:
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {"global_batch": 16, "seed": 0, "augment": "all", "color_std": 0.1, "data": "x"}
     (run / "config.json").write_text(json.dumps(config))
+
+
+def decode(record: np.ndarray) -> np.ndarray:
+    """The RGB pixels of a JPEG or PNG file's bytes."""
+    image = cv2.imdecode(record, cv2.IMREAD_COLOR)
+    assert image is not None
+    return image[..., ::-1]
+
+
+def read_bgr(path: Path | str) -> np.ndarray:
+    image = cv2.imread(str(path))
+    assert image is not None
+    return image
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
