@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -143,6 +144,19 @@ def write_parquet(
     columns = [[{"bytes": b, "path": p} for b, p, _ in rows], [label for _, _, label in rows]]
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns, schema=schema), path, row_group_size=4)
+
+
+def decode(record: np.ndarray) -> np.ndarray:
+    """The RGB pixels of a JPEG or PNG file's bytes."""
+    image = cv2.imdecode(record, cv2.IMREAD_COLOR)
+    assert image is not None
+    return image[..., ::-1]
+
+
+def read_bgr(path: Path | str) -> np.ndarray:
+    image = cv2.imread(str(path))
+    assert image is not None
+    return image
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

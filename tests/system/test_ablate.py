@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -24,14 +25,14 @@ ROOT = Path(__file__).parents[2]
 TINY = ["--crop", "63", "--global-batch", "32", "--init", "torch", "--lr", "0.001"]
 
 
-def command(data, out, *arguments):
+def command(data: Path, out: Path, *arguments: object) -> list[str]:
     common = ["--out", out, "--claims", "lrn,pool", "--seeds", 2, "--epochs", 1, "--jobs", 2, "--gpus", 0]
     script = [sys.executable, str(ROOT / "tools/ablate.py"), data, *common, *arguments, "--", *TINY]
     return [str(part) for part in script]
 
 
 @pytest.fixture(scope="module")
-def finished(dataset, tmp_path_factory):
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Stopped by a signal once a run is finished, then gone on with."""
     out = tmp_path_factory.mktemp("ablate") / "out"
     process = subprocess.Popen(command(dataset, out), cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -49,7 +50,7 @@ def finished(dataset, tmp_path_factory):
     return out, done.stdout
 
 
-def test_two_claims_make_a_table(finished):
+def test_two_claims_make_a_table(finished: tuple[Path, str]) -> None:
     out, printed = finished
     assert {path.parent.relative_to(out).as_posix() for path in out.rglob("result.json")} == {
         f"{name}/seed-{seed}" for name in ("baseline", "no-lrn", "pool-2-2") for seed in (0, 1)
@@ -77,12 +78,12 @@ def test_two_claims_make_a_table(finished):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def last_validation(run):
+def last_validation(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "val"][-1]
 
 
-def test_a_second_call_runs_nothing(finished, dataset):
+def test_a_second_call_runs_nothing(finished: tuple[Path, str], dataset: Path) -> None:
     out, printed = finished
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.pt")} | {
         p: p.stat().st_mtime_ns for p in out.rglob("log.jsonl")
@@ -95,7 +96,9 @@ def test_a_second_call_runs_nothing(finished, dataset):
     assert done.returncode == 1 and "was run with other options" in done.stderr
 
 
-def test_figure_1_stops_each_run_at_the_target(class_folders, tmp_path, monkeypatch):
+def test_figure_1_stops_each_run_at_the_target(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On four classes that any network tells apart, in shards of 32x32."""
     for split in ("train", "val"):
         source = open_source(class_folders / split, split)
@@ -118,7 +121,7 @@ def test_figure_1_stops_each_run_at_the_target(class_folders, tmp_path, monkeypa
     assert (out / "figure1.png").exists()
 
 
-def test_the_running_error_of_an_epoch_counts_every_step_once(tmp_path):
+def test_the_running_error_of_an_epoch_counts_every_step_once(tmp_path: Path) -> None:
     lines = [("train", 4, 0.5), ("train", 6, 0.2), ("val", 6, None), ("train", 8, 0.1), ("train", 12, 0.3)]
     lines += [("val", 12, None), ("train", 14, 0.9)]
     text = []
@@ -132,7 +135,7 @@ def test_the_running_error_of_an_epoch_counts_every_step_once(tmp_path):
     assert jobs.reaches([0.45, 0.35], 0.25) is None and jobs.reaches([0.2], 0.25) == 1
 
 
-def test_steps_to_learn_end_the_last_stay_at_the_level_of_guessing():
+def test_steps_to_learn_end_the_last_stay_at_the_level_of_guessing() -> None:
     """The level is 0.95 of the entropy of the first epoch's labels, as its last line has it."""
 
     def log(*losses: float) -> list[dict[str, object]]:
@@ -153,8 +156,8 @@ def test_steps_to_learn_end_the_last_stay_at_the_level_of_guessing():
     assert jobs.steps_to_learn(log(1.0, 0.5, 0.95)) is None and jobs.steps_to_learn([]) is None
 
 
-def test_what_is_wrong_is_said_in_one_line(dataset, tmp_path):
-    def said(*arguments, code):
+def test_what_is_wrong_is_said_in_one_line(dataset: Path, tmp_path: Path) -> None:
+    def said(*arguments: object, code: int) -> str:
         done = CliRunner().invoke(ablate.main, list(map(str, arguments)))
         assert done.exit_code == code, (done.output, done.exception)
         return done.output
@@ -188,11 +191,13 @@ def test_what_is_wrong_is_said_in_one_line(dataset, tmp_path):
 
 
 @pytest.fixture
-def instant(monkeypatch):
+def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs and evaluations that take no time; the list of all that were started."""
-    started = []
+    started: list[list[str]] = []
 
-    def call(_workers, script, arguments, _slot, run=None):
+    def call(
+        _workers: jobs.Workers, script: str, arguments: list[str], _slot: int, run: Any = None
+    ) -> tuple[int, str]:
         started.append([script, *arguments])
         if run:
             run.out.mkdir(parents=True, exist_ok=True)
@@ -210,7 +215,7 @@ def instant(monkeypatch):
     return started
 
 
-def ablated(data, out, claims, *arguments, code=0):
+def ablated(data: Path, out: Path, claims: str, *arguments: object, code: int = 0) -> str:
     """What tools/ablate.py says, one epoch on the CPU, called in this process."""
     command = [data, "--out", out, "--claims", claims, "--epochs", 1, "--gpus", 0, *arguments]
     done = CliRunner().invoke(ablate.main, list(map(str, command)))
@@ -218,7 +223,9 @@ def ablated(data, out, claims, *arguments, code=0):
     return done.output
 
 
-def test_an_unfinished_run_goes_on_only_with_its_own_options(dataset, tmp_path, instant):
+def test_an_unfinished_run_goes_on_only_with_its_own_options(
+    dataset: Path, tmp_path: Path, instant: list[list[str]]
+) -> None:
     one = ["--seeds", 1, "--only", "baseline"]
     ablated(dataset, tmp_path, "lrn", *one, "--", "--dropout", "0.3")
     assert "--resume" not in instant.pop()
@@ -241,7 +248,9 @@ def test_an_unfinished_run_goes_on_only_with_its_own_options(dataset, tmp_path, 
     assert "--resume" not in instant[-1]
 
 
-def test_a_finished_baseline_gets_the_training_error_that_another_claim_needs(dataset, tmp_path, instant):
+def test_a_finished_baseline_gets_the_training_error_that_another_claim_needs(
+    dataset: Path, tmp_path: Path, instant: list[list[str]]
+) -> None:
     ablated(dataset, tmp_path, "lrn", "--seeds", 1)
     instant.clear()
     ablated(dataset, tmp_path, "lrn,dropout", "--seeds", 1)
@@ -257,8 +266,10 @@ def test_a_finished_baseline_gets_the_training_error_that_another_claim_needs(da
     assert not instant
 
 
-def test_an_evaluation_is_of_the_networks_there_are(dataset, tmp_path, instant):
-    def judged(seeds):
+def test_an_evaluation_is_of_the_networks_there_are(
+    dataset: Path, tmp_path: Path, instant: list[list[str]]
+) -> None:
+    def judged(seeds: int) -> list[list[str]]:
         instant.clear()
         ablated(dataset, tmp_path, "ensemble", "--seeds", seeds)
         return [c[1 : c.index("--data")] for c in instant if c[0] == "tools/evaluate.py"]
@@ -275,11 +286,19 @@ def test_an_evaluation_is_of_the_networks_there_are(dataset, tmp_path, instant):
 
 @pytest.mark.parametrize(("stop", "code", "said"), [(False, 1, "out of memory"), (True, 75, "to continue")])
 def test_the_table_is_kept_when_the_evaluation_ends_early(
-    dataset, tmp_path, instant, monkeypatch, stop, code, said
-):
+    dataset: Path,
+    tmp_path: Path,
+    instant: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    stop: bool,
+    code: int,
+    said: str,
+) -> None:
     train, before = jobs.Workers.call, signal.getsignal(signal.SIGTERM)
 
-    def call(workers, script, arguments, slot, run=None):
+    def call(
+        workers: jobs.Workers, script: str, arguments: list[str], slot: int, run: Any = None
+    ) -> tuple[int, str]:
         assert signal.getsignal(signal.SIGTERM) is not before
         if script == "train.py":
             return train(workers, script, arguments, slot, run)
@@ -293,10 +312,12 @@ def test_the_table_is_kept_when_the_evaluation_ends_early(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_shards_of_another_cifar_are_not_taken(class_folders, tmp_path, monkeypatch):
+def test_shards_of_another_cifar_are_not_taken(
+    class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = []
 
-    def build(command, **_):
+    def build(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         built.append(command)
         (tmp_path / "cifar/val").mkdir(parents=True, exist_ok=True)
         (tmp_path / "cifar/val/manifest.json").touch()
@@ -317,7 +338,7 @@ def test_shards_of_another_cifar_are_not_taken(class_folders, tmp_path, monkeypa
     assert len(built) == 1
 
 
-def test_every_job_has_its_own_gpu(monkeypatch):
+def test_every_job_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "4,7")
     assert [jobs.visible_gpu(i) for i in range(2)] == ["4", "7"]
     monkeypatch.delitem(os.environ, "CUDA_VISIBLE_DEVICES")

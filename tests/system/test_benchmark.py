@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("stages", [("build", "read", "load"), ("lrn", "step", "train")], ids=" ".join)
-def test_each_stage_gives_its_rows(class_folders, tmp_path, stages):
+def test_each_stage_gives_its_rows(class_folders: Path, tmp_path: Path, stages: tuple[str, ...]) -> None:
     rows, done = measure(class_folders, tmp_path / "rows.json", *stages)
     assert [row["stage"] for row in rows] == sorted((row["stage"] for row in rows), key=stages.index)
     assert {row["stage"] for row in rows} == set(stages)
@@ -25,7 +26,7 @@ def test_each_stage_gives_its_rows(class_folders, tmp_path, stages):
             assert row[name] is None or row[f"of_{name}"] == row["ours"] / row[name] > 0
 
 
-def test_peers_that_are_installed_run_and_the_others_are_named(class_folders, tmp_path):
+def test_peers_that_are_installed_run_and_the_others_are_named(class_folders: Path, tmp_path: Path) -> None:
     """`ours` and `dali` are always there; of the rest whatever this environment holds."""
     rows, done = measure(class_folders, tmp_path / "rows.json", "peers", "--peers-python", sys.executable)
     ran = [row["what"].partition(":")[0] for row in rows]
@@ -38,13 +39,15 @@ def test_peers_that_are_installed_run_and_the_others_are_named(class_folders, tm
         assert row["peer"] > 0 and row["of_peer"] == row["ours"] / row["peer"]
 
 
-def test_every_peer_is_in_the_list_that_make_installs():
+def test_every_peer_is_in_the_list_that_make_installs() -> None:
     listed = {line.partition("<")[0] for line in (ROOT / "tools/bench/peers.txt").read_text().split()}
     names = {"streaming": "mosaicml-streaming", "torchvision_decode_jpeg": "torchvision"}
     assert {names.get(name, name) for name in LOADERS if name not in OWN} <= listed
 
 
-def measure(photographs, out, *words):
+def measure(
+    photographs: Path, out: Path, *words: str
+) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
     """The rows of a short run, and the process; `words` are stages and further options."""
     short = (
         "import sys, tools.bench.core as c, tools.benchmark as b; c.BUILD_IMAGES = c.LOAD_IMAGES = 1;"

@@ -192,7 +192,7 @@ def test_parquet_files_give_the_same_bytes_as_here(
 real_write_shard = pipeline.build.split.write_shard
 
 
-def _write_shard_or_die(job, report) -> None:  # type: ignore[no-untyped-def]
+def _write_shard_or_die(job: Any, report: Any) -> None:
     """On a worker: as the real one, with a decoder that crashes on one file and hangs at another."""
 
     def decoder(data: bytes, size: int) -> np.ndarray:
@@ -202,12 +202,11 @@ def _write_shard_or_die(job, report) -> None:  # type: ignore[no-untyped-def]
             pass
         return real(data, size)
 
-    real, pipeline.build.split.prepare_bgr = pipeline.build.split.prepare_bgr, decoder
-    limit, cluster_module.SECONDS_AN_ITEM = cluster_module.SECONDS_AN_ITEM, 1.0  # for a quick test
-    try:
+    real = pipeline.build.split.prepare_bgr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.build.split, "prepare_bgr", decoder)
+        patch.setattr(cluster_module, "SECONDS_AN_ITEM", 1.0)  # for a quick test
         real_write_shard(job, report)
-    finally:
-        pipeline.build.split.prepare_bgr, cluster_module.SECONDS_AN_ITEM = real, limit
 
 
 def _set_failures(count: int, dask_scheduler: Any) -> None:
@@ -341,7 +340,7 @@ def test_ctrl_c_takes_nothing_from_a_job_that_is_about_to_stop(
     def interrupted(jobs: list[Any]) -> None:
         zombie = _Zombie(jobs[0], where, monkeypatch)
         zombies.append(zombie)
-        future = SimpleNamespace(release=lambda: None)
+        future: Any = SimpleNamespace(release=lambda: None)
         pool._sent[0] = cluster_module._Sent(future, jobs[0], zombie.path)
         raise KeyboardInterrupt
 
@@ -380,12 +379,17 @@ def test_a_note_without_its_shard_is_not_believed(class_folders: Path, tmp_path:
 def test_few_jobs_are_under_way_at_once(scheduler: str, class_folders: Path, tmp_path: Path) -> None:
     """However many images there are, the scheduler holds the lists of a few shards."""
     with cluster_module.Cluster(scheduler, class_folders, tmp_path) as cluster:
-        most = []
+        most: list[int] = []
 
-        def make_pool(*arguments: object) -> object:
-            pool = cluster.pool(*arguments)  # type: ignore[arg-type]
+        def make_pool(*arguments: Any) -> Any:
+            pool: Any = cluster.pool(*arguments)
             send = pool._send
-            pool._send = lambda *job: (send(*job), most.append(len(pool._sent)))
+
+            def counted(*job: Any) -> None:
+                send(*job)
+                most.append(len(pool._sent))
+
+            pool._send = counted
             return pool
 
         source = open_source(class_folders / "train", "train")
@@ -461,7 +465,7 @@ def test_a_build_without_workers_says_so_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cluster_module, "SECONDS_WITHOUT_WORKERS", 0)
-    client = SimpleNamespace(status="running", nthreads=dict)
+    client: Any = SimpleNamespace(status="running", nthreads=dict)
     pool = cluster_module.ClusterPool(client, print, "tcp://host:1")
     for _ in range(3):
         pool._looked = -1.0

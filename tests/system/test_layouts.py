@@ -1,5 +1,7 @@
 """Every layout on two gloo ranks against the plain network on one: the same losses, weights and momentum."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ BATCH, SIZE, CLASSES, STEPS, HIDDEN = 8, 67, 5, 4, 32
 RATES = (0.02, 0.02, 0.01, 0.03)
 
 # a layout for each step; one that differs from the step before begins anew from what the other would save
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "paper-data": {"layouts": ["data"] * 4},
     "paper-hybrid": {"layouts": ["hybrid"] * 4},
     "paper-towers": {"layouts": ["towers"] * 4},
@@ -47,28 +49,39 @@ OVERFLOWS = [
 ]
 
 
-def batch(step):
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(step)
     images = 50 * torch.randn(BATCH, 3, SIZE, SIZE, generator=random, dtype=torch.float64)
     labels = torch.randint(CLASSES, (BATCH,), generator=random)
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
-def build(ranks, kind, variant, optimizer, dtype):
+def build(
+    ranks: Ranks, kind: str, variant: str, optimizer: str, dtype: torch.dtype
+) -> tuple[Layout, torch.optim.SGD]:
     network = AlexNet(CLASSES, variant, image_size=SIZE)
     recipe.initialise(network, "torch", seed=3)
-    network = network.to(dtype).to(memory_format=torch.channels_last)
+    network = network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     layout = Layout(network, kind, ranks, BATCH)
     update = recipe.build_optimizer(network, RATES[0], kind=optimizer, sum_of_slices=layout.sum_of_slices)
     return layout, update
 
 
 def train(
-    ranks, layouts, variant="paper", accumulate=1, optimizer="sgd", scale=1.0, amp=None, compress=False
-):
+    ranks: Ranks,
+    layouts: list[str],
+    variant: str = "paper",
+    accumulate: int = 1,
+    optimizer: str = "sgd",
+    scale: float = 1.0,
+    amp: torch.dtype | None = None,
+    compress: bool = False,
+) -> dict[str, Any]:
     """A step of each layout as train.py does it; what the last one would save, the losses and an evaluation."""
     dtype = torch.float64 if amp is None else torch.float32
-    losses, saved, kind = [], None, None
+    losses: list[float] = []
+    saved: dict[str, Any] = {}
+    kind = None
     for step, (wanted, rate) in enumerate(zip(layouts, RATES, strict=True)):
         if wanted != kind:
             kind = wanted
@@ -98,12 +111,12 @@ def train(
         losses.append(ranks.sum(total / ranks.world_size).item())
         saved = {"model": layout.state_dict(), "optimizer": layout.optimizer_state_dict(update)}
         saved["ema"] = ema.state_dict(layout.whole)
-    own = (x.chunk(ranks.world_size)[ranks.rank] for x in batch(99))
-    metrics = evaluate(layout.plain_network(layout.network).to(torch.float64), [tuple(own)], ranks)
+    images, labels = (x.chunk(ranks.world_size)[ranks.rank] for x in batch(99))
+    metrics = evaluate(layout.plain_network(layout.network).to(torch.float64), [(images, labels)], ranks)
     return {**saved, "losses": losses, "metrics": metrics}
 
 
-def overflow(ranks, kind, optimizer, on):
+def overflow(ranks: Ranks, kind: str, optimizer: str, on: tuple[int, ...]) -> tuple[bool, float]:
     """A gradient overflows on the ranks `on`: whether any weight changed on any rank, and the new loss scale."""
     layout, update = build(ranks, kind, "paper", optimizer, torch.float32)
     scaler = layout.grad_scaler(update, enabled=True)
@@ -111,7 +124,9 @@ def overflow(ranks, kind, optimizer, on):
     for p in layout.network.parameters():
         p.grad = torch.ones_like(p)
     if ranks.rank in on:
-        layout.network.classifier.fc6.weight.grad[0, 0] = torch.inf
+        gradient = layout.network.get_parameter("classifier.fc6.weight").grad
+        assert gradient is not None
+        gradient[0, 0] = torch.inf
     scaler.scale(torch.ones(()))
     scaler.step(update)
     scaler.update()
@@ -119,12 +134,12 @@ def overflow(ranks, kind, optimizer, on):
     return ranks.any(changed), scaler.get_scale()
 
 
-def work(rank, out):
+def work(rank: int, out: str) -> None:
     alexnet.HIDDEN = HIDDEN
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=2)
     ranks = Ranks(rank, 2, rank, 2)
-    results = {name: train(ranks, **case) for name, case in CASES.items()}
+    results: dict[str, Any] = {name: train(ranks, **case) for name, case in CASES.items()}
     results["overflow"] = {case: overflow(ranks, *case) for case in OVERFLOWS}
     sizes = {
         kind: sum(
@@ -137,7 +152,7 @@ def work(rank, out):
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory):
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every case gives on each of two ranks."""
     out = tmp_path_factory.mktemp("layouts")
     mp.spawn(work, (str(out),), nprocs=2)
@@ -145,16 +160,18 @@ def on_two(tmp_path_factory):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alexnet, "HIDDEN", HIDDEN)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_take_the_steps_of_one(name, on_two, small):
-    case = {**CASES[name], "layouts": ["data"] * STEPS, "accumulate": 1, "compress": False}
+def test_two_ranks_take_the_steps_of_one(name: str, on_two: list[dict[str, Any]], small: None) -> None:
+    case: dict[str, Any] = {**CASES[name], "layouts": ["data"] * STEPS, "accumulate": 1, "compress": False}
     one, two = train(Ranks(), **case), on_two[0][name]
     # float64, so that nothing but rounding hides in the tolerance; of bfloat16 the order of sums shows
-    close = {"rtol": 1e-9, "atol": 1e-10} if "amp" not in case else {"rtol": 0.02, "atol": 2e-3}
+    close: dict[str, Any] = (
+        {"rtol": 1e-9, "atol": 1e-10} if "amp" not in case else {"rtol": 0.02, "atol": 2e-3}
+    )
     torch.testing.assert_close(two["losses"], one["losses"], **close)
     assert two["model"].keys() == one["model"].keys()
     torch.testing.assert_close(two["model"], one["model"], **close)
@@ -175,12 +192,12 @@ def test_two_ranks_take_the_steps_of_one(name, on_two, small):
     assert all(moved)
 
 
-def test_all_ranks_save_the_same(on_two):
+def test_all_ranks_save_the_same(on_two: list[dict[str, Any]]) -> None:
     for name in CASES:
         torch.testing.assert_close(on_two[0][name]["model"], on_two[1][name]["model"], rtol=0, atol=0)
 
 
-def test_weights_are_held_once(on_two, small):
+def test_weights_are_held_once(on_two: list[dict[str, Any]], small: None) -> None:
     """The slices make up the network: halves of everything but fc8's bias, or of the fully connected weights."""
     plain = AlexNet(CLASSES, image_size=SIZE)
     whole, last = sum(p.numel() for p in plain.parameters()), CLASSES
@@ -192,19 +209,21 @@ def test_weights_are_held_once(on_two, small):
 
 
 @pytest.mark.parametrize("case", OVERFLOWS, ids=str)
-def test_an_overflow_on_any_rank_skips_the_step_of_all(case, on_two):
+def test_an_overflow_on_any_rank_skips_the_step_of_all(
+    case: tuple[str, str, tuple[int, ...]], on_two: list[dict[str, Any]]
+) -> None:
     on = case[2]
     assert [ranks["overflow"][case] for ranks in on_two] == [(False, 2.0**15) if on else (True, 2.0**16)] * 2
 
 
-def test_one_rank_has_the_plain_network_whatever_the_layout(small):
+def test_one_rank_has_the_plain_network_whatever_the_layout(small: None) -> None:
     for kind in ("data", "hybrid", "towers"):
         network = AlexNet(CLASSES, image_size=SIZE)
         layout = Layout(network, kind, Ranks(), BATCH)
         assert layout.distribute() is layout.plain_network(network) is network and not layout.dims
 
 
-def test_what_cannot_be_laid_out_is_said():
+def test_what_cannot_be_laid_out_is_said() -> None:
     with pytest.raises(ModelError, match="for 2 ranks, not 4"):
         Layout(AlexNet(2, image_size=SIZE), "towers", Ranks(0, 4, 0, 4), BATCH)
     with pytest.raises(ModelError, match="do not divide into 3 ranks"):
@@ -227,12 +246,14 @@ def test_what_cannot_be_laid_out_is_said():
         ({"variant": "cifar-18pct", "image_size": 32}, 2, 128, "data"),
     ],
 )
-def test_the_automatic_layout_is_the_one_that_sends_least(options, ranks, global_batch, expected):
+def test_the_automatic_layout_is_the_one_that_sends_least(
+    options: dict[str, Any], ranks: int, global_batch: int, expected: str
+) -> None:
     with torch.device("meta"):
         assert automatic(AlexNet(1000, **options), ranks, global_batch) == expected
 
 
-def test_masks_of_slices_and_parts_are_those_of_the_whole():
+def test_masks_of_slices_and_parts_are_those_of_the_whole() -> None:
     whole = alexnet.KeyedDropout(0.5, salt=6)
     whole.set_position(99, 0)
     expected = whole.keep(12, 10)

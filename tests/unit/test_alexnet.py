@@ -1,5 +1,7 @@
 """The network against references written with torch's functions alone, torchvision, and the paper's numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,30 +13,30 @@ from model.dropout import KeyedDropout
 from tools.bench.reference import import_torchvision
 
 
-def images(count, size=224, seed=0):
+def images(count: int, size: int = 224, seed: int = 0) -> torch.Tensor:
     x = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
     return x.contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture(scope="module")
-def net():
+def net() -> AlexNet:
     torch.manual_seed(0)
-    return AlexNet().eval().to(memory_format=torch.channels_last)
+    return AlexNet().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def reference(w, x, layers=range(1, 9)):
+def reference(w: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Figure 2 of the paper; torch's LRN divides alpha by its window of 5. Returns (fc7, fc8)."""
 
-    def convolve(layer, x, **how):
+    def convolve(layer: int, x: torch.Tensor, **how: int) -> torch.Tensor:
         return F.relu(F.conv2d(x, w[f"features.conv{layer}.weight"], w[f"features.conv{layer}.bias"], **how))
 
-    def shrink(x):
+    def shrink(x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(x, 3, stride=2)
 
-    def normalise(x):
+    def normalise(x: torch.Tensor) -> torch.Tensor:
         return F.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
 
-    def connect(layer, x):
+    def connect(layer: int, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, w[f"classifier.fc{layer}.weight"], w[f"classifier.fc{layer}.bias"])
 
     x = shrink(normalise(convolve(1, x, stride=4, padding=2)))
@@ -46,7 +48,7 @@ def reference(w, x, layers=range(1, 9)):
     return fc7, connect(8, fc7)
 
 
-def test_parameters_are_as_many_as_the_papers(net):
+def test_parameters_are_as_many_as_the_papers(net: AlexNet) -> None:
     count = {
         name: sum(p.numel() for p in layer.parameters()) for name, layer in net.features.named_children()
     }
@@ -58,7 +60,7 @@ def test_parameters_are_as_many_as_the_papers(net):
     assert sum(p.numel() for p in net.parameters()) == 60_965_224
 
 
-def test_forward_is_the_papers_network(net):
+def test_forward_is_the_papers_network(net: AlexNet) -> None:
     x = images(2) * 50  # large enough for the normalisation to matter
     fc7, logits = reference(net.state_dict(), x)
     torch.testing.assert_close(net(x), logits, rtol=1e-4, atol=1e-4)
@@ -66,7 +68,7 @@ def test_forward_is_the_papers_network(net):
     assert net(x).shape == (2, 1000) and fc7.shape == (2, 4096)
 
 
-def test_owt_is_torchvisions():
+def test_owt_is_torchvisions() -> None:
     theirs = import_torchvision().models.alexnet(weights=None, num_classes=10).eval()
     ours = AlexNet(10, variant="owt").eval()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {
@@ -79,7 +81,7 @@ def test_owt_is_torchvisions():
     theirs.load_state_dict(AlexNet(10, variant="owt").state_dict(), strict=True)
 
 
-def test_bn_normalises_batches_only():
+def test_bn_normalises_batches_only() -> None:
     net = AlexNet(7, variant="bn")
     kinds = [type(layer) for layer in net.features]
     assert kinds.count(nn.Conv2d) == kinds.count(nn.BatchNorm2d) == 5 and "LRN" not in str(net)
@@ -89,12 +91,13 @@ def test_bn_normalises_batches_only():
 
 
 @pytest.mark.parametrize("variant", ["paper", "owt", "bn"])
-def test_every_map_stays_channels_last(variant):
-    net = AlexNet(3, variant=variant).to(memory_format=torch.channels_last).train()
+def test_every_map_stays_channels_last(variant: str) -> None:
+    net = AlexNet(3, variant=variant).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     net.set_position(1, 0)
-    maps, gradients = [], []
+    maps: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
 
-    def record(layer, inputs, output):
+    def record(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         maps.append(output)
         output.register_hook(gradients.append)
 
@@ -122,7 +125,7 @@ def test_every_map_stays_channels_last(variant):
         ),
     ],
 )
-def test_switches(options, difference):
+def test_switches(options: dict[str, Any], difference: int) -> None:
     net = AlexNet(**options)
     assert sum(p.numel() for p in net.parameters()) == 60_965_224 + difference
     assert net(images(1)).shape == (1, 1000)
@@ -133,7 +136,7 @@ def test_switches(options, difference):
 
 @pytest.mark.parametrize(("size", "stride"), [(63, 4), (227, 4), (32, 1), (28, 1), (24, 1)])
 @pytest.mark.parametrize("variant", ["paper", "owt", "bn"])
-def test_other_image_sizes(variant, size, stride):
+def test_other_image_sizes(variant: str, size: int, stride: int) -> None:
     net = AlexNet(10, variant=variant, image_size=size, stride=stride).eval()
     assert net(images(2, size)).shape == (2, 10)
 
@@ -153,13 +156,13 @@ def test_other_image_sizes(variant, size, stride):
         ({"pool": (3, 0)}, "at least 1"),
     ],
 )
-def test_unusable_options_are_refused_in_one_line(options, complaint):
+def test_unusable_options_are_refused_in_one_line(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ModelError, match=complaint) as error:
         AlexNet(**options)
     assert "\n" not in error.value.message
 
 
-def test_images_of_another_size_are_refused(net):
+def test_images_of_another_size_are_refused(net: AlexNet) -> None:
     with pytest.raises(ModelError, match="takes images of 224 pixels, not 200x224"):
         net(torch.zeros(1, 3, 200, 224))
 
@@ -169,14 +172,16 @@ def test_images_of_another_size_are_refused(net):
 KEY = 0x1234_5678_9ABC_DEF
 
 
-def mask(key=KEY, first_row=0, rows=128, units=4096, p=0.5, salt=6):
+def mask(
+    key: int = KEY, first_row: int = 0, rows: int = 128, units: int = 4096, p: float = 0.5, salt: int = 6
+) -> torch.Tensor:
     layer = KeyedDropout(p, salt)
     layer.set_position(key, first_row)
     return layer.keep(rows, units)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
-def test_dropout_rate(p):
+def test_dropout_rate(p: float) -> None:
     kept = mask(p=p).double()
     deviation = (p * (1 - p)) ** 0.5
     assert abs(kept.mean() - (1 - p)) < 5 * deviation / kept.numel() ** 0.5
@@ -196,12 +201,12 @@ def test_dropout_rate(p):
         {"key": KEY + 1, "salt": 5},
     ],
 )
-def test_dropout_masks_of_other_steps_layers_and_rows_are_independent(other):
+def test_dropout_masks_of_other_steps_layers_and_rows_are_independent(other: dict[str, int]) -> None:
     a, b = mask(), mask(**other)
     assert abs((a == b).double().mean() - 0.5) < 5 * 0.5 / a.numel() ** 0.5
 
 
-def test_dropout_rows_and_units_are_independent():
+def test_dropout_rows_and_units_are_independent() -> None:
     kept = mask(rows=256, units=256).double() * 2 - 1
     for products in (kept @ kept.T, kept.T @ kept):
         # Sums of 256 signs: deviation 16; the largest of 32,640 pairs stays below 5.5 of them.
@@ -212,14 +217,14 @@ def test_dropout_rows_and_units_are_independent():
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_dropout_does_not_depend_on_how_the_batch_is_split(parts):
+def test_dropout_does_not_depend_on_how_the_batch_is_split(parts: int) -> None:
     whole = mask(first_row=256, rows=64)
     rows = 64 // parts
     split = [mask(first_row=256 + i * rows, rows=rows) for i in range(parts)]
     assert torch.equal(whole, torch.cat(split))
 
 
-def test_dropout_mask_is_pinned():
+def test_dropout_mask_is_pinned() -> None:
     """The masks of a run must not change between versions, or it could not be resumed bit for bit."""
     assert ["".join(map(str, row)) for row in mask(rows=2, units=32).int().tolist()] == [
         "00110001100111000001010000000111",
@@ -227,12 +232,12 @@ def test_dropout_mask_is_pinned():
     ]
 
 
-def test_dropout_of_the_network_over_split_batches():
+def test_dropout_of_the_network_over_split_batches() -> None:
     torch.manual_seed(0)
     net = AlexNet(10, image_size=63).train()
     x = images(8, 63)
 
-    def run(parts):
+    def run(parts: int) -> torch.Tensor:
         outputs = []
         for i, part in enumerate(x.chunk(parts)):
             net.set_position(KEY, 40 + i * len(part))
@@ -247,7 +252,7 @@ def test_dropout_of_the_network_over_split_batches():
         assert not torch.allclose(net(x), whole)
 
 
-def test_dropout_scales_in_training_and_does_nothing_in_evaluation():
+def test_dropout_scales_in_training_and_does_nothing_in_evaluation() -> None:
     layer = KeyedDropout(0.25, salt=6)
     layer.set_position(KEY, 0)
     x = torch.rand(8, 40, requires_grad=True) + 0.5
@@ -263,7 +268,7 @@ def test_dropout_scales_in_training_and_does_nothing_in_evaluation():
     assert not layer.state_dict()
 
 
-def test_dropout_without_a_position_is_torchs():
+def test_dropout_without_a_position_is_torchs() -> None:
     layer, x = KeyedDropout(0.5, salt=6), torch.ones(4, 100)
     torch.manual_seed(3)
     ours = layer(x)
@@ -271,7 +276,7 @@ def test_dropout_without_a_position_is_torchs():
     assert torch.equal(ours, F.dropout(x))
 
 
-def test_dropout_under_torch_compile_is_the_same_and_compiled_once():
+def test_dropout_under_torch_compile_is_the_same_and_compiled_once() -> None:
     layer = KeyedDropout(0.5, salt=6)
     layer.set_position(KEY, 0)
     compiled = torch.compile(layer, fullgraph=True)
@@ -286,7 +291,7 @@ def test_dropout_under_torch_compile_is_the_same_and_compiled_once():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_dropout_is_the_same_on_the_gpu():
+def test_dropout_is_the_same_on_the_gpu() -> None:
     layer = KeyedDropout(0.5, salt=6).cuda()
     layer.set_position(KEY, 3)
     assert torch.equal(layer.keep(64, 4096).cpu(), mask(first_row=3, rows=64))

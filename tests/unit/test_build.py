@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,8 +127,8 @@ def slow_folders(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_resume_after_kill_9_equals_an_undisturbed_build(
     slow_folders: Path, tmp_path: Path, expected: dict[str, bytes], when: int
 ) -> None:
-    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    process = subprocess.Popen(_command(slow_folders, tmp_path), **quiet)
+    command, quiet = _command(slow_folders, tmp_path), subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
     work = tmp_path / "train.partial/work"
     wait_until(lambda: (work / "build.json").exists() and len(list(work.glob("*.npz"))) >= when)
     process.kill()
@@ -246,9 +247,9 @@ def test_what_comes_while_a_build_is_at_work_is_not_deleted(
         theirs.parent.mkdir(parents=True, exist_ok=True)
         theirs.write_bytes(b"a photograph")
 
-    for options in ({}, {"overwrite": True}):
+    for overwrite in (False, True):
         with pytest.raises(DataError, match="holds n01440764, which no build made: move it away"):
-            build_split(source, tmp_path, OPTIONS, workers=2, progress=come, **options)
+            build_split(source, tmp_path, OPTIONS, workers=2, progress=come, overwrite=overwrite)
         assert theirs.read_bytes() == b"a photograph"
         shutil.rmtree(tmp_path / "train")
     (tmp_path / "train").mkdir()
@@ -324,7 +325,7 @@ def test_two_builds_at_once_are_refused(class_folders: Path, tmp_path: Path) -> 
 # --- workers that die --------------------------------------------------------------------------------------
 
 
-def _write_shard_or_die(job, report) -> None:  # type: ignore[no-untyped-def]
+def _write_shard_or_die(job: Any, report: Any) -> None:
     """In a worker: as the real one, with a decoder that crashes on one file and once on another."""
 
     def decoder(data: bytes, size: int) -> np.ndarray:
@@ -336,11 +337,10 @@ def _write_shard_or_die(job, report) -> None:  # type: ignore[no-untyped-def]
             os.kill(os.getpid(), signal.SIGKILL)
         return real(data, size)
 
-    real, pipeline.build.split.prepare_bgr = pipeline.build.split.prepare_bgr, decoder
-    try:
+    real = pipeline.build.split.prepare_bgr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.build.split, "prepare_bgr", decoder)
         real_write_shard(job, report)
-    finally:
-        pipeline.build.split.prepare_bgr = real
 
 
 real_write_shard = pipeline.build.split.write_shard
@@ -363,7 +363,7 @@ def test_a_file_that_crashes_the_decoder_is_rejected(
     ]
 
 
-def _always_die(job, report) -> None:  # type: ignore[no-untyped-def]
+def _always_die(job: Any, report: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -5,6 +5,8 @@ import io
 import os
 import pickle
 import zipfile
+from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -14,10 +16,10 @@ from base.errors import ModelError
 from base.files import temporary_path
 from model.training.checkpoint import Checkpoints, find, load, save
 
-STATE = {"model": {"w": torch.arange(1000.0)}, "step": 7, "variant": "paper", "lr": 0.1}
+STATE: dict[str, Any] = {"model": {"w": torch.arange(1000.0)}, "step": 7, "variant": "paper", "lr": 0.1}
 
 
-def test_round_trip_and_still_an_ordinary_torch_file(tmp_path):
+def test_round_trip_and_still_an_ordinary_torch_file(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     save(path, STATE)
     for back in (load(path), torch.load(path, weights_only=True)):
@@ -26,11 +28,16 @@ def test_round_trip_and_still_an_ordinary_torch_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
-def test_tensors_are_saved_from_the_cpu(tmp_path, monkeypatch):
+def test_tensors_are_saved_from_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As fake CUDA tensors show without a GPU."""
-    saved = []
+    saved: list[dict[str, Any]] = []
     write = torch.save
-    monkeypatch.setattr(torch, "save", lambda state, file: (saved.append(state), write({}, file)))
+
+    def record(state: dict[str, Any], file: IO[bytes]) -> None:
+        saved.append(state)
+        write({}, file)
+
+    monkeypatch.setattr(torch, "save", record)
     with FakeTensorMode(allow_non_fake_inputs=True):
         weight = torch.empty(3, device="cuda")
         optimizer = {"state": {0: {"momentum_buffer": weight}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
@@ -40,7 +47,7 @@ def test_tensors_are_saved_from_the_cpu(tmp_path, monkeypatch):
     assert saved[0]["optimizer"]["param_groups"] == optimizer["param_groups"]
 
 
-def test_every_flipped_byte_and_every_truncation_is_refused_by_name(tmp_path):
+def test_every_flipped_byte_and_every_truncation_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     save(path, STATE)
     good = path.read_bytes()
@@ -54,12 +61,14 @@ def test_every_flipped_byte_and_every_truncation_is_refused_by_name(tmp_path):
             load(path)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "c.pt"
     save(path, STATE)
     before = path.read_bytes()
 
-    def full(_descriptor):
+    def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
@@ -68,7 +77,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_last_few_and_the_best_are_kept(tmp_path):
+def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     temporary_path(tmp_path / "checkpoint-000000001.pt").write_bytes(b"left by a kill")
     (tmp_path / ".thesis.tmp").write_bytes(b"the user's")
@@ -88,7 +97,7 @@ def test_the_last_few_and_the_best_are_kept(tmp_path):
     assert find(tmp_path / "checkpoint-000000003.pt").name == "checkpoint-000000003.pt"
 
 
-def test_a_later_checkpoint_that_was_passed_over_does_not_count_as_the_newest(tmp_path):
+def test_a_later_checkpoint_that_was_passed_over_does_not_count_as_the_newest(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (4, 8, 12):
         checkpoints.save({**STATE, "step": step})
@@ -99,7 +108,7 @@ def test_a_later_checkpoint_that_was_passed_over_does_not_count_as_the_newest(tm
     assert checkpoints.newest()["step"] == 10
 
 
-def test_missing_checkpoints_are_named(tmp_path):
+def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no checkpoint"):
         Checkpoints(tmp_path).newest()
     with pytest.raises(ModelError, match="no run at"):
@@ -110,7 +119,7 @@ def test_missing_checkpoints_are_named(tmp_path):
         load(tmp_path / "nothing.pt")
 
 
-def test_only_a_run_that_goes_on_is_told_how(tmp_path):
+def test_only_a_run_that_goes_on_is_told_how(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     path = checkpoints.save(STATE, best=True)
     path.write_bytes(b"damaged")
@@ -122,14 +131,13 @@ def test_only_a_run_that_goes_on_is_told_how(tmp_path):
         load(find(tmp_path))
 
 
-def signed(path, content):
+def signed(path: Path, content: bytes) -> None:
     """Write what somebody who means harm makes: any zip, with the right checksum."""
-    content = bytearray(content)
-    content[-2:] = (64).to_bytes(2, "little")
+    content = content[:-2] + (64).to_bytes(2, "little")
     path.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
 
 
-def test_deflated_storages_are_refused_before_they_unfold(tmp_path):
+def test_deflated_storages_are_refused_before_they_unfold(tmp_path: Path) -> None:
     buffer, packed = io.BytesIO(), io.BytesIO()
     torch.save({**STATE, "model": {"w": torch.zeros(1 << 20)}}, buffer)
     with (
@@ -145,7 +153,7 @@ def test_deflated_storages_are_refused_before_they_unfold(tmp_path):
 
 
 class Harm:
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch /tmp/harm",)
 
 
@@ -166,7 +174,7 @@ class Harm:
     ],
     ids=lambda change: next(iter(change.items()))[0],
 )
-def test_what_train_py_does_not_write_is_refused_in_one_line(tmp_path, change):
+def test_what_train_py_does_not_write_is_refused_in_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save({**STATE, **change}, buffer)
     signed(tmp_path / "c.pt", buffer.getvalue())
@@ -176,14 +184,14 @@ def test_what_train_py_does_not_write_is_refused_in_one_line(tmp_path, change):
 
 
 @pytest.mark.parametrize("content", [b"PK\x05\x06" + bytes(18), pickle.dumps(STATE["lr"]) + bytes(99)])
-def test_other_files_are_refused_in_one_line(tmp_path, content):
+def test_other_files_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     signed(tmp_path / "c.pt", content)
     with pytest.raises(ModelError, match=r"c\.pt is no checkpoint") as caught:
         load(tmp_path / "c.pt")
     assert "\n" not in caught.value.message
 
 
-def test_a_pipe_or_a_folder_in_place_of_a_checkpoint_is_not_waited_for(tmp_path):
+def test_a_pipe_or_a_folder_in_place_of_a_checkpoint_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "best.pt")
     with pytest.raises(ModelError, match="not a regular file"):
         load(find(tmp_path))
@@ -192,7 +200,7 @@ def test_a_pipe_or_a_folder_in_place_of_a_checkpoint_is_not_waited_for(tmp_path)
         Checkpoints(tmp_path).newest()
 
 
-def test_a_planted_link_is_replaced_and_not_followed(tmp_path):
+def test_a_planted_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"precious")
     (tmp_path / "best.pt").symlink_to(tmp_path / "victim")
     Checkpoints(tmp_path).save(STATE, best=True)

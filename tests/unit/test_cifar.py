@@ -8,11 +8,14 @@ import struct
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
+from helpers import decode
 
 from base.errors import DataError, UserError
 from model.parallel.ranks import Ranks
@@ -30,14 +33,17 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["airplane", "automobile", "bird"]
 
 
+Batches = list[tuple[np.ndarray, np.ndarray]]
+
+
 @pytest.fixture(scope="module")
-def batches():
+def batches() -> Batches:
     """(images (N, 32, 32, 3), labels) of two training batches and the test batch."""
     random = np.random.default_rng(0)
     return [(random.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 3) for n in (9, 6, 6)]
 
 
-def archive(path, files):
+def archive(path: Path, files: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w:gz") as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(f"cifar-10-batches/{name}")
@@ -46,11 +52,11 @@ def archive(path, files):
     return path
 
 
-def planes(images):
+def planes(images: np.ndarray) -> np.ndarray:
     return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
 
 
-def python_version(path, batches):
+def python_version(path: Path, batches: Batches) -> Path:
     # as Python 2 wrote it: byte strings, protocol 2
     files = {"batches.meta": pickle.dumps({b"label_names": [n.encode() for n in NAMES]}, 2)}
     for name, (images, labels) in zip(("data_batch_1", "data_batch_2", "test_batch"), batches, strict=True):
@@ -58,7 +64,7 @@ def python_version(path, batches):
     return archive(path, files)
 
 
-def binary_version(path, batches):
+def binary_version(path: Path, batches: Batches) -> Path:
     files = {"batches.meta.txt": "\n".join(NAMES).encode() + b"\n\n"}
     for name, (images, labels) in zip(("data_batch_1", "data_batch_2", "test_batch"), batches, strict=True):
         rows = np.concatenate([labels[:, None].astype(np.uint8), planes(images)], axis=1)
@@ -67,7 +73,9 @@ def binary_version(path, batches):
 
 
 @pytest.mark.parametrize("make", [python_version, binary_version])
-def test_an_archive_becomes_the_same_pixels_in_shards(batches, tmp_path, make):
+def test_an_archive_becomes_the_same_pixels_in_shards(
+    batches: Batches, tmp_path: Path, make: Callable[[Path, Batches], Path]
+) -> None:
     source = make(tmp_path / "cifar-10-of-a-kind.tar.gz", batches)
     arguments = [str(source), str(tmp_path / "d"), "--size", "32", "--encoding", "png", "--workers", "1"]
     done = CliRunner().invoke(build_lmdb.main, arguments)
@@ -88,7 +96,9 @@ def test_an_archive_becomes_the_same_pixels_in_shards(batches, tmp_path, make):
 
 @pytest.mark.parametrize("crop", [32, 24])
 @pytest.mark.parametrize("encoding", ["png", "raw"])
-def test_small_images_through_the_loader_equal_numpy(batches, tmp_path, crop, encoding):
+def test_small_images_through_the_loader_equal_numpy(
+    batches: Batches, tmp_path: Path, crop: int, encoding: str
+) -> None:
     source = binary_version(tmp_path / "cifar-10-binary.tar.gz", batches)
     arguments = [str(source), str(tmp_path / "d"), "--size", "32", "--encoding", encoding, "--workers", "1"]
     assert CliRunner().invoke(build_lmdb.main, arguments).exit_code == 0
@@ -107,7 +117,7 @@ def test_small_images_through_the_loader_equal_numpy(batches, tmp_path, crop, en
         assert views.anchor.max() < max(1, 32 - crop)
         for row, index in enumerate(map(int, plan.samples(epoch, step))):
             record, _ = reader.read(index)
-            image = record if encoding == "raw" else build_lmdb_decode(record)
+            image = record if encoding == "raw" else decode(record)
             assert image.tobytes() in by_pixels
             # the manifest's eigenvectors are these up to their order and sign
             basis = np.array(reader.manifest.pca_eigenvectors) * np.array(reader.manifest.pca_eigenvalues)
@@ -122,15 +132,9 @@ def test_small_images_through_the_loader_equal_numpy(batches, tmp_path, crop, en
             np.testing.assert_allclose(images[row].permute(1, 2, 0), expected, atol=1e-3)
 
 
-def build_lmdb_decode(record):
-    import cv2
-
-    return cv2.imdecode(record, cv2.IMREAD_COLOR)[..., ::-1]
-
-
-def test_hostile_and_damaged_archives_are_refused(batches, tmp_path):
+def test_hostile_and_damaged_archives_are_refused(batches: Batches, tmp_path: Path) -> None:
     class Evil:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return print, ("run by the unpickler",)
 
     bad = archive(tmp_path / "cifar-10-evil.tar.gz", {"batches.meta": pickle.dumps(Evil())})
@@ -145,15 +149,15 @@ def test_hostile_and_damaged_archives_are_refused(batches, tmp_path):
         unpack(archive(tmp_path / "cifar-10-none.tar.gz", {"readme.html": b""}), tmp_path / "none")
 
 
-def build(source, out, *more):
-    arguments = [str(source), str(out), "--size", "32", "--encoding", "png", "--workers", "1", *more]
-    return CliRunner().invoke(build_lmdb.main, arguments)
+def build(source: Path, out: Path, *more: object) -> Result:
+    arguments = [source, out, "--size", 32, "--encoding", "png", "--workers", 1, *more]
+    return CliRunner().invoke(build_lmdb.main, list(map(str, arguments)))
 
 
 @pytest.mark.parametrize(
     "name", ["/abs/olute", "../up", "a/b", "..", ".", ".hidden", "nul\0", "two\nlines", ""]
 )
-def test_a_class_name_that_is_no_folders_name_is_refused(batches, tmp_path, name):
+def test_a_class_name_that_is_no_folders_name_is_refused(batches: Batches, tmp_path: Path, name: str) -> None:
     images, labels = batches[0]
     content = pickle.dumps({"data": planes(images), "labels": labels.tolist()})
     meta = pickle.dumps({"label_names": ["bird", name.replace("/abs", str(tmp_path)), "cat"]})
@@ -163,7 +167,7 @@ def test_a_class_name_that_is_no_folders_name_is_refused(batches, tmp_path, name
     assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-x.tar.gz"]
 
 
-def test_every_changed_bit_and_every_cut_is_refused(batches, tmp_path):
+def test_every_changed_bit_and_every_cut_is_refused(batches: Batches, tmp_path: Path) -> None:
     source = binary_version(tmp_path / "cifar-10-binary.tar.gz", batches)
     good, draw = source.read_bytes(), random.Random(0)
     damaged = [good[: draw.randrange(len(good))] for _ in range(20)]
@@ -183,7 +187,9 @@ def test_every_changed_bit_and_every_cut_is_refused(batches, tmp_path):
     assert done.exit_code == 1 and "damaged" in done.output and not (tmp_path / "out").exists()
 
 
-def test_an_archive_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
+def test_an_archive_that_unfolds_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cifar, "MAX_BYTES", 1 << 20)
     bomb = tmp_path / "cifar-10-bomb.tar.gz"
     bomb.write_bytes(gzip.compress(bytes(1 << 24)))
@@ -221,7 +227,7 @@ def test_an_archive_that_unfolds_without_end_is_refused(tmp_path, monkeypatch):
         b"\x80\x02}r" + struct.pack("<I", 200_000_000) + b".",
     ],
 )
-def test_whatever_the_unpickler_meets_is_one_line(batches, tmp_path, meta):
+def test_whatever_the_unpickler_meets_is_one_line(batches: Batches, tmp_path: Path, meta: bytes) -> None:
     images, labels = batches[0]
     content = pickle.dumps({"data": planes(images), "labels": labels.tolist()})
     files = {"batches.meta": meta, "data_batch_1": content, "test_batch": content}
@@ -232,16 +238,16 @@ def test_whatever_the_unpickler_meets_is_one_line(batches, tmp_path, meta):
     assert not {name for name in set(sys.modules) - before if name.startswith("numpy.f2py")}
 
 
-def test_none_of_numpys_classes_is_made(batches, tmp_path):
+def test_none_of_numpys_classes_is_made(batches: Batches, tmp_path: Path) -> None:
     """A type of objects, which NumPy would take the array's bytes for the addresses of: it crashed the process."""
     images, labels = batches[0]
 
     class Type:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return np.dtype, ("u1",), (3, "|", None, None, None, 8, 8, 63)
 
     class Array:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             state = (1, (1, 3072), Type(), False, planes(images)[:1].tobytes())
             return np.empty(0).__reduce__()[0], (np.ndarray, (0,), b"b"), state
 
@@ -271,7 +277,7 @@ def test_none_of_numpys_classes_is_made(batches, tmp_path):
         ("data", [[0] * 3072] * 3),
     ],
 )
-def test_labels_and_images_are_what_they_should_be(tmp_path, key, value):
+def test_labels_and_images_are_what_they_should_be(tmp_path: Path, key: str, value: object) -> None:
     batch = {"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 2]}
     files = {"batches.meta": pickle.dumps({"label_names": NAMES}), "test_batch": pickle.dumps(batch)}
     good = archive(tmp_path / "cifar-10-good.tar.gz", {**files, "data_batch_1": pickle.dumps(batch)})
@@ -282,11 +288,13 @@ def test_labels_and_images_are_what_they_should_be(tmp_path, key, value):
     assert not (tmp_path / "bad").exists()
 
 
-def test_ctrl_c_while_unpacking_is_interrupted_like_a_build(batches, tmp_path, monkeypatch):
+def test_ctrl_c_while_unpacking_is_interrupted_like_a_build(
+    batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, out = binary_version(tmp_path / "cifar-10-binary.tar.gz", batches), tmp_path / "out"
     write = cifar._write
 
-    def interrupted(*arguments):
+    def interrupted(*arguments: Any) -> None:
         write(*arguments)
         assert (out / cifar.UNPACKED / "train/bird").is_dir()
         raise KeyboardInterrupt
@@ -309,7 +317,9 @@ def test_ctrl_c_while_unpacking_is_interrupted_like_a_build(batches, tmp_path, m
 
 
 @pytest.mark.slow
-def test_the_papers_network_trains_on_small_images_with_a_stride_of_1(batches, tmp_path):
+def test_the_papers_network_trains_on_small_images_with_a_stride_of_1(
+    batches: Batches, tmp_path: Path
+) -> None:
     source, data = binary_version(tmp_path / "cifar-10-binary.tar.gz", batches), tmp_path / "d"
     arguments = [str(source), str(data), "--size", "32", "--encoding", "png", "--workers", "1"]
     assert CliRunner().invoke(build_lmdb.main, arguments).exit_code == 0

@@ -8,13 +8,15 @@ import re
 import shutil
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from helpers import CROP, make_run, softmax
+from numpy.typing import ArrayLike
 
 from model.parallel.ranks import Ranks, launch
 from model.training import checkpoint
@@ -25,20 +27,20 @@ from pipeline.preprocess import stored_image
 from pipeline.shards import Manifest, ShardReader
 from tools import evaluate as tool
 from tools.lib.figures import confusion_figure
-from tools.lib.runs import class_names, load_run
+from tools.lib.runs import Classes, class_names, load_run
 from tools.lib.scores import Scores, as_csv, judge
 
 QUICK = ["--gpus", "0", "--workers", "0", "--no-progress"]
 
 
-def invoke(*arguments, code=0):
+def invoke(*arguments: object, code: int = 0) -> Result:
     done = CliRunner().invoke(tool.main, [*map(str, arguments), *QUICK])
     assert done.exit_code == code, (done.output, done.exception)
     return done
 
 
 @pytest.fixture(scope="module")
-def runs(dataset, tmp_path_factory):
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     return [make_run(folder / "a", dataset), make_run(folder / "b", dataset, "bn", mean="channel", seed=1)]
 
@@ -46,8 +48,11 @@ def runs(dataset, tmp_path_factory):
 CENTER = 8  # of the ten views below
 
 
+Reference = tuple[list[np.ndarray], np.ndarray]
+
+
 @pytest.fixture(scope="module")
-def reference(runs, dataset):
+def reference(runs: list[Path], dataset: Path) -> Reference:
     """For each run the softmax of ten views (count, 10, classes), image by image; and the labels."""
     edge = 256 - CROP
     corners = [(0, 0), (0, edge), (edge, 0), (edge, edge), (edge // 2, edge // 2)]
@@ -67,7 +72,7 @@ def reference(runs, dataset):
     return softmaxes, labels
 
 
-def expected(probabilities, labels):
+def expected(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     best = np.argsort(-probabilities, axis=1)
     return {
         "loss": -np.log(probabilities[range(len(labels)), labels]).mean(),
@@ -77,7 +82,9 @@ def expected(probabilities, labels):
     }
 
 
-def test_without_data_it_is_the_runs_own(dataset, tmp_path, monkeypatch):
+def test_without_data_it_is_the_runs_own(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "run", dataset)
     (run / "config.json").write_text(json.dumps({"data": str(dataset)}))
@@ -94,7 +101,9 @@ def test_without_data_it_is_the_runs_own(dataset, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("crops", [1, 10])
-def test_one_network_and_an_ensemble_equal_the_slow_reference(runs, reference, dataset, tmp_path, crops):
+def test_one_network_and_an_ensemble_equal_the_slow_reference(
+    runs: list[Path], reference: Reference, dataset: Path, tmp_path: Path, crops: int
+) -> None:
     invoke(*runs, "--data", dataset, "--crops", crops, "--batch", 50, "--json", tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())
     softmaxes, labels = reference
@@ -106,7 +115,7 @@ def test_one_network_and_an_ensemble_equal_the_slow_reference(runs, reference, d
     assert found["count"] == len(labels) == 24 and found["crops"] == crops
 
 
-def test_training_validates_the_same(runs, dataset):
+def test_training_validates_the_same(runs: list[Path], dataset: Path) -> None:
     trained, reader = load_run(runs[0]), ShardReader(dataset / "val")
     loader = eval_loader(reader, trained.preprocess, 7, workers=0)
     wanted = evaluate_in_training(trained.network, loader, Ranks())
@@ -114,7 +123,7 @@ def test_training_validates_the_same(runs, dataset):
     assert found.overall() == pytest.approx(wanted, rel=1e-5)
 
 
-def _two_ranks(ranks, config):
+def _two_ranks(ranks: Ranks, config: tuple[list[Path], Path, Path]) -> None:
     runs, data, out = config
     torch.set_num_threads(1)
     networks = [load_run(run) for run in runs]
@@ -124,7 +133,7 @@ def _two_ranks(ranks, config):
 
 
 @pytest.mark.slow
-def test_ranks_share_the_images_and_count_each_once(runs, dataset, tmp_path):
+def test_ranks_share_the_images_and_count_each_once(runs: list[Path], dataset: Path, tmp_path: Path) -> None:
     launch(_two_ranks, (runs, dataset, tmp_path / "two"), 2, gpu=False)
     two = pickle.loads((tmp_path / "two").read_bytes())
     networks = [load_run(run) for run in runs]
@@ -136,7 +145,9 @@ def test_ranks_share_the_images_and_count_each_once(runs, dataset, tmp_path):
         np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-4, atol=1e-4)
 
 
-def test_classes_and_confusion_add_up(runs, reference, dataset, tmp_path):
+def test_classes_and_confusion_add_up(
+    runs: list[Path], reference: Reference, dataset: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "new folder"
     (tmp_path / "val").symlink_to(dataset / "val")  # and no train/: the mean comes with the checkpoint
     said = invoke(
@@ -157,28 +168,28 @@ def test_classes_and_confusion_add_up(runs, reference, dataset, tmp_path):
     assert picture is not None and min(picture.shape[:2]) > 300
 
 
-def scores_of(labels, guesses, classes):
+def scores_of(labels: ArrayLike, guesses: ArrayLike, classes: int) -> Scores:
     labels, guesses = np.array(labels, np.int32), np.array(guesses, np.int32)
     losses = np.zeros(len(labels), np.float32)
     return Scores(labels, guesses, in_top=labels == guesses, losses=losses, classes=classes)
 
 
-def test_confusion_pairs_are_true_then_guess_and_become_a_map_of_true_rows():
+def test_confusion_pairs_are_true_then_guess_and_become_a_map_of_true_rows() -> None:
     scores = scores_of([0, 0, 1, 2, 2, 2], [1, 0, 1, 0, 0, 1], 3)
     pairs = scores.confusion()
     assert [a.tolist() for a in pairs] == [[0, 0, 1, 2, 2], [0, 1, 1, 0, 1], [1, 1, 1, 2, 1]]
-    classes = [{"wnid": wnid, "name": None} for wnid in "abc"]
+    classes: Classes = [{"wnid": wnid, "name": None} for wnid in "abc"]
     shown = np.asarray(confusion_figure(pairs, classes).axes[0].images[0].get_array())
-    np.testing.assert_allclose(shown, [[1 / 2, 1 / 2, 0], [0, 1, 0], [2 / 3, 1 / 3, 0]])
+    np.testing.assert_allclose(shown, [[1 / 2, 1 / 2, 0.0], [0.0, 1.0, 0.0], [2 / 3, 1 / 3, 0.0]])
     mistakes = [(row["mistaken_for"], row["mistaken_images"]) for row in scores.per_class(classes)]
     assert mistakes == [("b", 1), ("", 0), ("a", 2)]
 
 
-def test_memory_does_not_grow_with_images_times_classes():
+def test_memory_does_not_grow_with_images_times_classes() -> None:
     """20,000 x 20,000: a matrix of either kind would take gigabytes."""
     n = 20_000
     random = np.random.default_rng(0)
-    classes = [{"wnid": f"n{i:08d}", "name": f"class ${i}"} for i in range(n)]
+    classes: Classes = [{"wnid": f"n{i:08d}", "name": f"class ${i}"} for i in range(n)]
     tracemalloc.start()
     try:
         scores = scores_of(random.permutation(n), random.integers(0, n, n), n)
@@ -191,10 +202,11 @@ def test_memory_does_not_grow_with_images_times_classes():
         tracemalloc.stop()
     assert peak < 150e6, peak
     assert len(table.splitlines()) == n + 1
-    assert figure.axes[0].images[0].get_array().shape == (1000, 1000)  # each cell stands for 20 x 20
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    assert shown.shape == (1000, 1000)  # each cell stands for 20 x 20
 
 
-def test_judging_keeps_some_bytes_an_image(dataset, tmp_path):
+def test_judging_keeps_some_bytes_an_image(dataset: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", dataset)
     (scores,) = judge([load_run(run)], ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
     arrays = [value for value in vars(scores).values() if isinstance(value, np.ndarray)]
@@ -202,8 +214,8 @@ def test_judging_keeps_some_bytes_an_image(dataset, tmp_path):
     assert sum(array.nbytes for array in arrays) == 13 * 24
 
 
-def test_names_are_split_only_where_they_are_synonyms_and_always_tell_classes_apart():
-    def names(*pairs):
+def test_names_are_split_only_where_they_are_synonyms_and_always_tell_classes_apart() -> None:
+    def names(*pairs: tuple[str, str | None]) -> list[str]:
         return class_names([{"wnid": wnid, "name": name} for wnid, name in pairs])
 
     assert names(("n1", "tench, Tinca tinca"), ("apple, red", None)) == ["tench", "apple, red"]
@@ -212,7 +224,7 @@ def test_names_are_split_only_where_they_are_synonyms_and_always_tell_classes_ap
     assert names(("n1", "maillot"), ("n2", "maillot")) == ["maillot (n1)", "maillot (n2)"]
 
 
-def renamed(dataset, out, classes):
+def renamed(dataset: Path, out: Path, classes: Classes) -> tuple[Path, Path]:
     """A copy of the data set's val with other class names, and a run trained on them."""
     shutil.copytree(dataset / "val", out / "data" / "val")
     manifest = replace(Manifest.load(dataset / "val"), classes=classes)
@@ -222,7 +234,7 @@ def renamed(dataset, out, classes):
     return run, out / "data"
 
 
-def test_hostile_class_names_reach_tables_and_pictures_unharmed(dataset, tmp_path):
+def test_hostile_class_names_reach_tables_and_pictures_unharmed(dataset: Path, tmp_path: Path) -> None:
     wnids = ["caf\udce9", "=HYPERLINK(1)", "a\x1b[31m", "猫"]
     run, data = renamed(dataset, tmp_path, [{"wnid": wnid, "name": None} for wnid in wnids])
     out = tmp_path / "out"
@@ -237,12 +249,12 @@ def test_hostile_class_names_reach_tables_and_pictures_unharmed(dataset, tmp_pat
     assert "best \\xe9.pt" in printed
 
 
-def one_line(done):
+def one_line(done: Result) -> str:
     assert re.fullmatch(r"(Usage: .*\n.*\n\n)?Error: [^\n]+\n", done.stderr), done.stderr
     return done.stderr
 
 
-def test_what_is_wrong_is_said_in_one_line(runs, dataset, tmp_path):
+def test_what_is_wrong_is_said_in_one_line(runs: list[Path], dataset: Path, tmp_path: Path) -> None:
     state = checkpoint.load(runs[0] / "best.pt")
     wnids = [*state["classes"][:-1], {"wnid": "teapot", "name": None}]
     checkpoint.save(tmp_path / "other.pt", state | {"classes": wnids})
@@ -260,14 +272,16 @@ def test_what_is_wrong_is_said_in_one_line(runs, dataset, tmp_path):
 
 
 @pytest.mark.parametrize(("amp", "expected"), [(None, (False, "highest")), (torch.bfloat16, (True, "high"))])
-def test_without_amp_a_gpu_computes_in_float32_and_not_in_tf32(amp, expected):
-    def precision():
+def test_without_amp_a_gpu_computes_in_float32_and_not_in_tf32(
+    amp: torch.dtype | None, expected: tuple[bool, str]
+) -> None:
+    def precision() -> tuple[bool, str]:
         return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
     seen = []
 
     class Network(torch.nn.Module):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             seen.append(precision())
             return x.flatten(1)
 
@@ -281,7 +295,7 @@ def test_without_amp_a_gpu_computes_in_float32_and_not_in_tf32(amp, expected):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("crops", [1, 10])
-def test_a_gpu_judges_as_the_cpu_does(runs, dataset, tmp_path, crops):
+def test_a_gpu_judges_as_the_cpu_does(runs: list[Path], dataset: Path, tmp_path: Path, crops: int) -> None:
     results = []
     for gpus in (0, 1):
         path = tmp_path / f"{gpus}.json"

@@ -6,13 +6,13 @@ import os
 import re
 import runpy
 from dataclasses import replace
+from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from helpers import CROP, ROOT, make_run
+from click.testing import CliRunner, Result
+from helpers import CROP, ROOT, make_run, read_bgr
 
 from model.training import checkpoint
 from pipeline.preprocess import MEANS, Preprocess
@@ -24,28 +24,28 @@ from tools.lib.runs import load_run
 torchvision = import_torchvision()
 
 
-def invoke(*arguments, code=0):
+def invoke(*arguments: object, code: int = 0) -> Result:
     done = CliRunner().invoke(export.main, list(map(str, arguments)))
     assert done.exit_code == code, (done.output, done.exception)
     return done
 
 
 @pytest.fixture(scope="module")
-def run(dataset, tmp_path_factory):
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "paper", dataset)
 
 
 @pytest.fixture(scope="module")
-def owt(dataset, tmp_path_factory):
+def owt(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "owt", dataset, "owt", crop=224, mean="channel")
 
 
-def noise(count, crop):
+def noise(count: int, crop: int) -> torch.Tensor:
     return 80 * torch.randn(count, 3, crop, crop, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def onnx_file(run, tmp_path_factory):
+def onnx_file(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("onnx") / "n"
@@ -54,7 +54,7 @@ def onnx_file(run, tmp_path_factory):
     return folder / "a.onnx"
 
 
-def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, onnx_file):
+def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run: Path, onnx_file: Path) -> None:
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     proto = onnx.load(onnx_file)
     lrn = [node for node in proto.graph.node if node.op_type == "LRN"]
@@ -87,7 +87,7 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run, onnx_file):
         assert words in said["preprocess_text"]
 
 
-def test_the_sentence_says_what_is_subtracted(run):
+def test_the_sentence_says_what_is_subtracted(run: Path) -> None:
     own = load_run(run).preprocess
     said = {mode: formats.describe(replace(own, mean_mode=mode)) for mode in MEANS}
     words = {"pixel": "mean_pixels", "channel": "channel_mean", "imagenet": "channel_mean", "none": "nothing"}
@@ -96,12 +96,18 @@ def test_the_sentence_says_what_is_subtracted(run):
 
 
 def test_the_script_in_docs_agrees_with_predict(
-    run, onnx_file, class_folders, photos, tmp_path, monkeypatch, capsys
-):
+    run: Path,
+    onnx_file: Path,
+    class_folders: Path,
+    photos: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """It knows the file alone; photographs are larger and smaller than the stored size, high and wide."""
     tiles = sorted((class_folders / "val").rglob("*.JPEG"))
     paths = [str(path) for path in [*tiles, *photos.values()]]
-    sides = [min(cv2.imread(path).shape[:2]) for path in paths]
+    sides = [min(read_bgr(path).shape[:2]) for path in paths]
     assert min(sides) < 256 < max(sides)
     done = CliRunner().invoke(predict.main, [str(run), *paths, "--json", "-", "--gpus", "0", "--no-progress"])
     wanted = json.loads(done.stdout)
@@ -111,14 +117,16 @@ def test_the_script_in_docs_agrees_with_predict(
     assert len(lines) == 4 * len(paths)  # of four classes
     for at, entry in enumerate(wanted):
         for line, guess in zip(lines[4 * at : 4 * at + 4], entry["top"], strict=True):
-            path, chance, name = re.fullmatch(r"(.*): (0\.\d{4}|1\.0000) (.*)", line).groups()
+            matched = re.fullmatch(r"(.*): (0\.\d{4}|1\.0000) (.*)", line)
+            assert matched, line
+            path, chance, name = matched.groups()
             assert (path, name) == (entry["image"], guess["name"])
             assert float(chance) == pytest.approx(guess["probability"], abs=2e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["owt", "bn"])
-def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
+def test_the_other_variants_become_onnx_too(dataset: Path, tmp_path: Path, variant: str) -> None:
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
     path = make_run(tmp_path / variant, dataset, variant)
@@ -126,7 +134,9 @@ def test_the_other_variants_become_onnx_too(dataset, tmp_path, variant):
 
 
 @pytest.mark.slow
-def test_an_onnx_file_that_computes_something_else_is_not_written(run, tmp_path, monkeypatch):
+def test_an_onnx_file_that_computes_something_else_is_not_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
     monkeypatch.setattr(formats, "TOLERANCE", -1.0)
@@ -134,7 +144,7 @@ def test_an_onnx_file_that_computes_something_else_is_not_written(run, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_safetensors_hold_the_state_dict(run, tmp_path):
+def test_safetensors_hold_the_state_dict(run: Path, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors")
     invoke(run, "--safetensors", tmp_path / "a.safetensors")
     wanted = load_run(run).network.state_dict()
@@ -146,7 +156,7 @@ def test_safetensors_hold_the_state_dict(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchvision_loads_owt_and_computes_the_same(owt, tmp_path):
+def test_torchvision_loads_owt_and_computes_the_same(owt: Path, tmp_path: Path) -> None:
     said = invoke(owt, "--torchvision", tmp_path / "tv.pth").stdout
     theirs = torchvision.models.alexnet(num_classes=4).eval()
     theirs.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True))
@@ -154,21 +164,23 @@ def test_torchvision_loads_owt_and_computes_the_same(owt, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), trained.network(images), rtol=1e-4, atol=1e-4)
         # the transform that is recommended makes our inputs
-        mean = [float(x) for x in re.search(r"Normalize\(\[(.*?)\]", said).group(1).split(",")]
+        normalized = re.search(r"Normalize\(\[(.*?)\]", said)
+        assert normalized, said
+        mean = [float(x) for x in normalized.group(1).split(",")]
         normalize = torchvision.transforms.Normalize(mean, [1 / 255] * 3)
         levels = torch.randint(0, 256, (1, 3, 224, 224)).float()
         ours = levels - torch.tensor(trained.preprocess.mean[0, 0])[:, None, None]
         torch.testing.assert_close(normalize(levels / 255), ours, rtol=0, atol=0.02)
 
 
-def test_torchvision_has_no_network_with_other_options(dataset, tmp_path):
+def test_torchvision_has_no_network_with_other_options(dataset: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", dataset, "owt", activation="tanh")
     done = invoke(run, "--torchvision", tmp_path / "tv.pth", code=1)
     assert "trained with activation tanh" in done.output and not (tmp_path / "tv.pth").exists()
 
 
 @pytest.mark.slow
-def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset, tmp_path):
+def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(num_classes=4).eval()
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
@@ -184,7 +196,7 @@ def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset, tmp_
         torch.testing.assert_close(trained.network(ours), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_torchvision_weights_need_no_data_set(tmp_path):
+def test_torchvision_weights_need_no_data_set(tmp_path: Path) -> None:
     torch.save(torchvision.models.alexnet(num_classes=3).state_dict(), tmp_path / "tv.pth")
     back = ("--from-torchvision", tmp_path / "tv.pth", "--out", tmp_path / "tv.pt")
     invoke(*back)
@@ -200,13 +212,13 @@ def test_torchvision_weights_need_no_data_set(tmp_path):
     assert "3 outputs" in invoke(*back, "--names", names, code=1).stderr
 
 
-def test_imagenets_class_names_come_with_torchvision():
+def test_imagenets_class_names_come_with_torchvision() -> None:
     names = [entry["name"] for entry in formats._numbered_classes(1000)]
     assert names[:2] == ["tench", "goldfish"] and names[999] == "toilet tissue" and len(names) == 1000
 
 
 @pytest.mark.slow
-def test_there_and_back_is_the_same_network(owt, dataset, tmp_path):
+def test_there_and_back_is_the_same_network(owt: Path, dataset: Path, tmp_path: Path) -> None:
     invoke(owt, "--torchvision", tmp_path / "tv.pth")
     before = load_run(owt)
     mean = (before.preprocess.mean[0, 0] / 255).tolist()
@@ -221,7 +233,9 @@ def test_there_and_back_is_the_same_network(owt, dataset, tmp_path):
     assert isinstance(Preprocess.from_state_dict(state["preprocess"]), Preprocess)
 
 
-def test_what_is_wrong_is_said_in_one_line(run, owt, dataset, tmp_path, monkeypatch):
+def test_what_is_wrong_is_said_in_one_line(
+    run: Path, owt: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "junk.pth").write_text("junk")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     torch.save(torchvision.models.alexnet(num_classes=7).state_dict(), tmp_path / "seven.pth")
@@ -244,7 +258,7 @@ def test_what_is_wrong_is_said_in_one_line(run, owt, dataset, tmp_path, monkeypa
         done = invoke(*arguments, code=code)
         assert re.search(r"(^|\n\n)Error: [^\n]+\n$", done.stderr) and words in done.stderr, done.stderr
 
-    def missing(name):
+    def missing(name: str) -> None:
         raise ImportError(name)
 
     monkeypatch.setattr(formats.importlib, "import_module", missing)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,20 +17,24 @@ from base.errors import ModelError
 from model.lrn import LRN, local_response_norm
 
 
-def paper(a, n=5, alpha=1e-4, beta=0.75, k=2.0):
+def paper(
+    a: torch.Tensor, n: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
+) -> torch.Tensor:
     """Section 3.3, index by index: kernel i of N, over j = max(0, i-n/2) .. min(N-1, i+n/2)."""
-    a = a.detach().double().numpy()
-    channels = a.shape[1]
-    b = np.empty_like(a)
+    x = a.detach().double().numpy()
+    channels = x.shape[1]
+    b = np.empty_like(x)
     for i in range(channels):
-        total = np.zeros_like(a[:, i])
+        total = np.zeros_like(x[:, i])
         for j in range(max(0, i - n // 2), min(channels - 1, i + n // 2) + 1):
-            total += a[:, j] ** 2
-        b[:, i] = a[:, i] / (k + alpha * total) ** beta
+            total += x[:, j] ** 2
+        b[:, i] = x[:, i] / (k + alpha * total) ** beta
     return torch.from_numpy(b)
 
 
-def activations(*shape, dtype=torch.float32, spread=30.0, channels_last=True):
+def activations(
+    *shape: int, dtype: torch.dtype = torch.float32, spread: float = 30.0, channels_last: bool = True
+) -> torch.Tensor:
     """Random activations, large enough for the sum to matter beside k = 2."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(spread).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else x
@@ -39,7 +45,7 @@ backends = pytest.mark.parametrize("backend", ["eager", pytest.param("native", m
 
 @backends
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 6, 16, 33, 96, 256, 700])
-def test_forward_is_the_papers_formula(backend, channels):
+def test_forward_is_the_papers_formula(backend: str, channels: int) -> None:
     x = activations(2, channels, 3, 7)
     y = local_response_norm(x, backend=backend)
     assert y.dtype == x.dtype and y.stride() == x.stride()
@@ -48,14 +54,14 @@ def test_forward_is_the_papers_formula(backend, channels):
 
 @backends
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 11])
-def test_window_sizes(backend, size):
+def test_window_sizes(backend: str, size: int) -> None:
     x = activations(2, 8, 3, 5)
     y = local_response_norm(x, size=size, alpha=3e-4, k=1.0, backend=backend)
     torch.testing.assert_close(y.double(), paper(x, size, 3e-4, 0.75, 1.0), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_other_powers_fall_back_on_the_formula(beta):
+def test_other_powers_fall_back_on_the_formula(beta: float) -> None:
     x = activations(2, 8, 3, 5)
     torch.testing.assert_close(
         local_response_norm(x, beta=beta).double(), paper(x, beta=beta), rtol=1e-6, atol=1e-6
@@ -63,12 +69,12 @@ def test_other_powers_fall_back_on_the_formula(beta):
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (2, 7, 9), (2, 7, 3, 4), (2, 7, 3, 4, 2), (0, 7, 3, 4)])
-def test_any_number_of_dimensions(shape):
+def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     x = activations(*shape)
     torch.testing.assert_close(local_response_norm(x).double(), paper(x), rtol=1e-6, atol=1e-6)
 
 
-def test_layouts():
+def test_layouts() -> None:
     x = activations(3, 16, 6, 5)
     for y in (x.contiguous(), x, x[:, :, ::2], x[:, 2:9]):
         out = local_response_norm(y)
@@ -80,7 +86,7 @@ def test_layouts():
 # Of 8 and 11 significant bits: rounding the exact result once is off by 2**-8 and 2**-11 at most.
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @backends
-def test_half_precision_is_rounded_once(backend, dtype, rounding):
+def test_half_precision_is_rounded_once(backend: str, dtype: torch.dtype, rounding: float) -> None:
     if backend == "native" and dtype is torch.float16:
         pytest.skip("the native kernel takes bfloat16 and float32")
     x = activations(2, 96, 9, 9, dtype=dtype)
@@ -91,14 +97,14 @@ def test_half_precision_is_rounded_once(backend, dtype, rounding):
 
 @needs_compiler
 @pytest.mark.parametrize("k", [1e-3, 0.5, 1.0, 2.0, 7.3, 1e4])
-def test_native_power_over_its_range(k):
+def test_native_power_over_its_range(k: float) -> None:
     x = torch.logspace(-6, 15, 20_000).view(-1, 1, 1, 1)
     y = local_response_norm(x, k=k, backend="native")
     torch.testing.assert_close(y.double(), paper(x, k=k), rtol=5e-7, atol=0)
 
 
 @backends
-def test_nan_stays_and_the_largest_values_do_no_harm(backend):
+def test_nan_stays_and_the_largest_values_do_no_harm(backend: str) -> None:
     x = torch.zeros(1, 16, 1, 2)
     x[0, 8, 0, 0] = torch.nan
     x[0, 8, 0, 1] = 3e38
@@ -107,7 +113,7 @@ def test_nan_stays_and_the_largest_values_do_no_harm(backend):
     assert y[0, :, 0, 1].isfinite().all()
 
 
-def test_alpha_is_not_divided_by_the_window():
+def test_alpha_is_not_divided_by_the_window() -> None:
     x = activations(2, 16, 4, 4)
     ours = local_response_norm(x, alpha=1e-4)
     assert (ours - F.local_response_norm(x, 5, alpha=1e-4, beta=0.75, k=2.0)).abs().max() > 0.1
@@ -116,7 +122,7 @@ def test_alpha_is_not_divided_by_the_window():
 
 @pytest.mark.parametrize("channels", [1, 2, 5, 9])
 @pytest.mark.parametrize(("size", "beta"), [(5, 0.75), (3, 0.5)])
-def test_gradient_of_the_formula(channels, size, beta):
+def test_gradient_of_the_formula(channels: int, size: int, beta: float) -> None:
     x = activations(2, channels, 2, 3, dtype=torch.float64).requires_grad_()
     # A large alpha, so that the neighbours' share of the gradient is not lost in the tolerance.
     assert torch.autograd.gradcheck(lambda x: local_response_norm(x, size, 1e-2, beta, 2.0), x)
@@ -125,7 +131,7 @@ def test_gradient_of_the_formula(channels, size, beta):
 @needs_compiler
 @pytest.mark.parametrize("channels", [1, 3, 16, 96, 256, 700])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
-def test_native_gradient(channels, dtype, tolerance):
+def test_native_gradient(channels: int, dtype: torch.dtype, tolerance: float) -> None:
     """Against the formula in float64, which gradcheck proves: float32 to its precision, bfloat16 rounded once."""
     x = activations(2, channels, 3, 5, dtype=dtype).requires_grad_()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)  # not channels-last
@@ -139,11 +145,11 @@ def test_native_gradient(channels, dtype, tolerance):
 
 
 @backends
-def test_torch_compile_takes_it_whole(backend):
+def test_torch_compile_takes_it_whole(backend: str) -> None:
     layer = LRN(backend=backend)
     x = activations(2, 16, 5, 5).requires_grad_()
 
-    def loss(x):
+    def loss(x: torch.Tensor) -> torch.Tensor:
         return (layer(x * 2) ** 2).sum()
 
     (expected,) = torch.autograd.grad(loss(x), x)
@@ -157,7 +163,7 @@ def test_torch_compile_takes_it_whole(backend):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)]
 )
-def test_on_the_gpu(backend, dtype, tolerance):
+def test_on_the_gpu(backend: str, dtype: torch.dtype, tolerance: float) -> None:
     x = activations(2, 96, 9, 9, dtype=dtype)
     device = x.cuda().requires_grad_()
     y = local_response_norm(device, backend=backend)
@@ -179,19 +185,19 @@ def test_on_the_gpu(backend, dtype, tolerance):
         ({"backend": "triton"}, "triton backend needs Triton, .* CUDA tensor"),
     ],
 )
-def test_unusable_options_are_refused_in_one_line(options, complaint):
+def test_unusable_options_are_refused_in_one_line(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ModelError, match=complaint) as error:
         local_response_norm(torch.ones(1, 5, 2, 2), **options)
     assert "\n" not in error.value.message
 
 
 @pytest.mark.parametrize("x", [torch.ones(5), torch.ones(1, 5, dtype=torch.int64)])
-def test_unusable_inputs_are_refused(x):
+def test_unusable_inputs_are_refused(x: torch.Tensor) -> None:
     with pytest.raises(ModelError, match="floating point"):
         local_response_norm(x)
 
 
-def test_without_a_compiler_it_falls_back_with_a_warning(monkeypatch):
+def test_without_a_compiler_it_falls_back_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.delenv("ALEXNET_NATIVE", raising=False)
     native._load.cache_clear()
@@ -206,7 +212,7 @@ def test_without_a_compiler_it_falls_back_with_a_warning(monkeypatch):
         native._load.cache_clear()
 
 
-def test_the_environment_can_turn_the_kernel_off(tmp_path):
+def test_the_environment_can_turn_the_kernel_off(tmp_path: Path) -> None:
     script = "import torch; from model.lrn import LRN; LRN()(torch.ones(1, 5, 2, 2))"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "ALEXNET_LRN": "eager"}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
@@ -215,7 +221,7 @@ def test_the_environment_can_turn_the_kernel_off(tmp_path):
 
 @pytest.mark.slow
 @needs_compiler
-def test_processes_that_build_at_once_leave_one_library(tmp_path):
+def test_processes_that_build_at_once_leave_one_library(tmp_path: Path) -> None:
     script = "import torch; from model.lrn import LRN; LRN(backend='native')(torch.ones(1, 5, 1, 1))"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     ranks = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]

@@ -10,13 +10,13 @@ from model.training.mixup import cross_entropy, mix
 from pipeline.load.plan import Plan
 
 
-def log_softmax(logits):
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_loss_is_the_cross_entropy_with_the_soft_target(smoothing, mixed):
+def test_the_loss_is_the_cross_entropy_with_the_soft_target(smoothing: float, mixed: bool) -> None:
     """-sum of target * log p; the target is the mixture of both one-hot labels, then smoothed."""
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(6, 4)), np.array([0, 1, 2, 3, 3, 3])
@@ -32,7 +32,7 @@ def test_the_loss_is_the_cross_entropy_with_the_soft_target(smoothing, mixed):
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_mixup_blends_neighbours():
+def test_mixup_blends_neighbours() -> None:
     images = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
     keep = torch.tensor([1.0, 0.25, 0.5, 0.0])
     x = images.numpy()
@@ -43,7 +43,7 @@ def test_mixup_blends_neighbours():
     assert torch.equal(images, before) and mixed.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_shares_are_a_pure_function_of_their_place_and_follow_beta():
+def test_shares_are_a_pure_function_of_their_place_and_follow_beta() -> None:
     plan, again = Plan(4096, 4096, seed=5), Plan(5000, 4096, seed=5)
     a = plan.mixup(3, 0, 0.2)
     assert a.dtype == np.float32 and a.shape == (4096,) and a.min() >= 0 and a.max() <= 1
@@ -58,19 +58,21 @@ def test_shares_are_a_pure_function_of_their_place_and_follow_beta():
     assert all(np.array_equal(x, y) for x, y in zip(views, Plan(4096, 4096, seed=5).views(3, 0), strict=True))
 
 
-def test_averaged_weights_follow_the_formula_and_go_on_from_a_checkpoint():
-    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+def test_averaged_weights_follow_the_formula_and_go_on_from_a_checkpoint() -> None:
+    norm = nn.BatchNorm1d(2)
+    assert norm.running_mean is not None and norm.num_batches_tracked is not None
+    network = nn.Sequential(nn.Linear(3, 2), norm)
     ema, decay = Ema(network, 0.5), 0.5
-    expected = None
+    expected: dict[str, np.ndarray] = {}
     for step in range(6):
         with torch.no_grad():
-            for tensor in (*network.parameters(), network[1].running_mean):
+            for tensor in (*network.parameters(), norm.running_mean):
                 tensor.normal_(generator=torch.Generator().manual_seed(step))
-        network[1].num_batches_tracked.fill_(step + 1)
+        norm.num_batches_tracked.fill_(step + 1)
         ema.update(network)
         new = {k: v.double().numpy() for k, v in network.state_dict().items()}
         rate = min(decay, (1 + step) / (10 + step)) if step else 0
-        expected = {k: new[k] if expected is None else rate * expected[k] + (1 - rate) * new[k] for k in new}
+        expected = {k: rate * expected[k] + (1 - rate) * new[k] if expected else new[k] for k in new}
         if step == 2:  # saved and loaded in between
             saved = ema.state_dict()
             ema = Ema(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), 0.5)

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,13 +13,16 @@ from hypothesis import strategies as st
 from base.errors import DataError
 from pipeline.load.feed import EvalFeed, TrainFeed
 from pipeline.load.plan import Plan, rank_slice
+from pipeline.shards import ShardReader
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(1, 3000), batch=st.integers(1, 64), seed=st.integers(0, 2**63), epoch=st.integers(0, 99)
 )
-def test_an_epoch_visits_no_sample_twice_and_leaves_out_less_than_a_batch(count, batch, seed, epoch):
+def test_an_epoch_visits_no_sample_twice_and_leaves_out_less_than_a_batch(
+    count: int, batch: int, seed: int, epoch: int
+) -> None:
     batch = min(batch, count)
     plan = Plan(count, batch, seed)
     seen = np.concatenate([plan.samples(epoch, step) for step in range(plan.steps_per_epoch)])
@@ -26,7 +30,7 @@ def test_an_epoch_visits_no_sample_twice_and_leaves_out_less_than_a_batch(count,
     assert seen.max() < count
 
 
-def test_every_draw_is_a_pure_function_of_its_place():
+def test_every_draw_is_a_pure_function_of_its_place() -> None:
     one, other = Plan(1000, 32, seed=3), pickle.loads(pickle.dumps(Plan(1000, 32, seed=3)))
     for epoch, step in [(4, 7), (0, 0), (4, 6), (0, 0)]:  # whatever was asked before
         assert np.array_equal(one.samples(epoch, step), other.samples(epoch, step))
@@ -35,7 +39,7 @@ def test_every_draw_is_a_pure_function_of_its_place():
         assert one.dropout_key(epoch, step) == other.dropout_key(epoch, step)
 
 
-def test_seeds_epochs_and_steps_differ():
+def test_seeds_epochs_and_steps_differ() -> None:
     base = Plan(1000, 32, seed=3)
     assert not np.array_equal(base.order(0), base.order(1))
     assert not np.array_equal(base.order(0), Plan(1000, 32, seed=4).order(0))
@@ -45,7 +49,7 @@ def test_seeds_epochs_and_steps_differ():
     assert len(colors) == 20 * 31
 
 
-def test_all_2048_views_of_the_paper_appear_alike():
+def test_all_2048_views_of_the_paper_appear_alike() -> None:
     plan = Plan(4096, 4096, size=256, crop=224)
     views = [plan.views(epoch, 0) for epoch in range(50)]
     code = np.concatenate([v.anchor[:, 0] * 64 + v.anchor[:, 1] * 2 + v.flip for v in views])
@@ -59,7 +63,7 @@ def test_all_2048_views_of_the_paper_appear_alike():
 
 
 @pytest.mark.parametrize("augment", ["crop", "flip", "none"])
-def test_switching_one_augmentation_off_leaves_the_others_as_they_were(augment):
+def test_switching_one_augmentation_off_leaves_the_others_as_they_were(augment: str) -> None:
     full, part = Plan(100, 10).views(2, 3), Plan(100, 10, augment=augment).views(2, 3)
     assert np.array_equal(part.anchor, full.anchor) == (augment == "crop")
     assert np.array_equal(part.flip, full.flip) == (augment == "flip")
@@ -69,7 +73,7 @@ def test_switching_one_augmentation_off_leaves_the_others_as_they_were(augment):
 
 
 @given(total=st.integers(0, 10_000), world=st.integers(1, 64))
-def test_the_shares_of_all_ranks_tile_the_whole(total, world):
+def test_the_shares_of_all_ranks_tile_the_whole(total: int, world: int) -> None:
     shares = [range(total)[rank_slice(total, rank, world)] for rank in range(world)]
     assert [i for share in shares for i in share] == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -93,10 +97,14 @@ class Records:
         return np.frombuffer(index.to_bytes(1 + index // 256, "little"), np.uint8), index
 
 
+def reader(records: Records) -> ShardReader:
+    return cast(ShardReader, records)
+
+
 def stream(plan: Plan, world: int, first: int, last: int) -> list[bytes]:
     """(sample, label, crop, flip, colour) of every position of the global batches, all ranks together."""
     basis = np.eye(3, dtype=np.float32)
-    feeds = [TrainFeed(Records(plan.count), plan, basis, r, world, first, last) for r in range(world)]
+    feeds = [TrainFeed(reader(Records(plan.count)), plan, basis, r, world, first, last) for r in range(world)]
     steps = []
     for iteration in range(last - first):
         parts = [feed(SimpleNamespace(iteration=iteration)) for feed in feeds]
@@ -108,7 +116,9 @@ def stream(plan: Plan, world: int, first: int, last: int) -> list[bytes]:
 
 @settings(max_examples=40, deadline=None)
 @given(parts=st.integers(1, 8), more=st.integers(0, 40), seed=st.integers(0, 2**63), stop=st.integers(0, 12))
-def test_the_stream_is_that_of_one_rank_for_any_ranks_also_after_resuming(parts, more, seed, stop):
+def test_the_stream_is_that_of_one_rank_for_any_ranks_also_after_resuming(
+    parts: int, more: int, seed: int, stop: int
+) -> None:
     batch = 4 * parts
     plan = Plan(batch + more, batch, seed)
     whole = stream(plan, 1, 0, 12)
@@ -119,10 +129,12 @@ def test_the_stream_is_that_of_one_rank_for_any_ranks_also_after_resuming(parts,
 
 @settings(max_examples=100, deadline=None)
 @given(count=st.integers(0, 500), batch=st.integers(1, 70), world=st.integers(1, 9))
-def test_evaluation_feeds_every_image_once_for_any_batch_and_ranks(count, batch, world):
+def test_evaluation_feeds_every_image_once_for_any_batch_and_ranks(
+    count: int, batch: int, world: int
+) -> None:
     seen = []
     for rank in range(world):
-        feed = EvalFeed(Records(count), batch, 256, 224, rank, world)
+        feed = EvalFeed(reader(Records(count)), batch, 256, 224, rank, world)
         for iteration in itertools.count():
             try:
                 records, labels, *_ = feed(SimpleNamespace(iteration=iteration))
@@ -133,7 +145,7 @@ def test_evaluation_feeds_every_image_once_for_any_batch_and_ranks(count, batch,
     assert sorted(seen) == list(range(count))
 
 
-def test_one_long_record_does_not_make_the_others_as_long():
+def test_one_long_record_does_not_make_the_others_as_long() -> None:
     """Records of a batch are one array as long as that is mostly records."""
     for last, together in ((20, True), (5000, False)):
         lengths = [10, 12, 11, last]
@@ -142,14 +154,14 @@ def test_one_long_record_does_not_make_the_others_as_long():
             def read(self, index: int) -> tuple[np.ndarray, int]:
                 return np.full(lengths[index], index + 1, np.uint8), index  # noqa: B023
 
-        records, *_ = EvalFeed(Uneven(4), 4, 256, 224, 0, 1)(SimpleNamespace(iteration=0))
+        records, *_ = EvalFeed(reader(Uneven(4)), 4, 256, 224, 0, 1)(SimpleNamespace(iteration=0))
         assert isinstance(records, np.ndarray) == together
         for index, record in enumerate(records):
             assert record[: lengths[index]].tolist() == [index + 1] * lengths[index]
             assert not record[lengths[index] :].any()
 
 
-def test_bad_plans_are_refused_in_one_line():
+def test_bad_plans_are_refused_in_one_line() -> None:
     with pytest.raises(DataError, match="--global-batch 5 or less"):
         Plan(5, 6)
     with pytest.raises(DataError, match="does not fit"):

@@ -6,12 +6,13 @@ import re
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from helpers import make_run
 
 from base.errors import ModelError
@@ -29,19 +30,21 @@ from tools.lib.runs import load_run, read_config
 QUICK = ["--gpus", "0", "--workers", "0", "--no-progress"]
 
 
-def invoke(*arguments, code=0, **kwargs):
+def invoke(*arguments: object, code: int = 0, **kwargs: Any) -> Result:
     done = CliRunner().invoke(tool.main, [*map(str, arguments), *QUICK], **kwargs)
     assert done.exit_code == code, (done.output, done.exception)
     return done
 
 
 @pytest.fixture(scope="module")
-def run(dataset, tmp_path_factory):
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "a", dataset)
 
 
 @pytest.mark.parametrize("encoding", ["png", "raw"])
-def test_a_photograph_becomes_what_the_shards_hold_and_the_loader_gives(class_folders, tmp_path, encoding):
+def test_a_photograph_becomes_what_the_shards_hold_and_the_loader_gives(
+    class_folders: Path, tmp_path: Path, encoding: str
+) -> None:
     source = class_folders / "train"
     build_split(open_source(source, "train"), tmp_path, Options(encoding=encoding), workers=1)
     reader = ShardReader(tmp_path / "train")
@@ -59,7 +62,7 @@ def test_a_photograph_becomes_what_the_shards_hold_and_the_loader_gives(class_fo
         loader.close()
 
 
-def test_json_text_and_sheet_agree_with_the_network(run, class_folders, tmp_path):
+def test_json_text_and_sheet_agree_with_the_network(run: Path, class_folders: Path, tmp_path: Path) -> None:
     folder = class_folders / "val" / "coffee"
     assert len(list(folder.iterdir())) == 6
     said = invoke(run, folder, "--json", tmp_path / "p.json", "--sheet", tmp_path / "s.png", "--top", 3)
@@ -82,7 +85,7 @@ def test_json_text_and_sheet_agree_with_the_network(run, class_folders, tmp_path
     assert picture is not None and picture.std() > 20
 
 
-def test_what_is_left_out_of_a_folder_is_counted(run, class_folders, tmp_path):
+def test_what_is_left_out_of_a_folder_is_counted(run: Path, class_folders: Path, tmp_path: Path) -> None:
     shutil.copytree(class_folders / "val" / "coffee", tmp_path / "photos")
     for name in ("scan.txt", "notes", ".hidden"):
         (tmp_path / "photos" / name).write_bytes(b"no image")
@@ -91,7 +94,9 @@ def test_what_is_left_out_of_a_folder_is_counted(run, class_folders, tmp_path):
     assert done.stderr == "2 other files in the folders are no images\n"
 
 
-def test_neighbours_are_the_nearest_of_all_by_fc7(run, dataset, photos, tmp_path):
+def test_neighbours_are_the_nearest_of_all_by_fc7(
+    run: Path, dataset: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
     chosen = [photos["coffee"], photos["chelsea"]]
     invoke(
         run, *chosen, "--neighbours", dataset, "--json", tmp_path / "n.json", "--sheet", tmp_path / "n.png"
@@ -99,7 +104,7 @@ def test_neighbours_are_the_nearest_of_all_by_fc7(run, dataset, photos, tmp_path
     trained, reader = load_run(run), ShardReader(dataset / "train")
     stored = np.stack([stored_image(reader, i) for i in range(len(reader))])
 
-    def fc7(images):
+    def fc7(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             return trained.network.forward_features(network_input(images, trained.preprocess)).numpy()
 
@@ -113,7 +118,9 @@ def test_neighbours_are_the_nearest_of_all_by_fc7(run, dataset, photos, tmp_path
     assert cv2.imread(str(tmp_path / "n.png")) is not None
 
 
-def test_a_broken_image_gets_a_line_and_the_others_go_on(run, photos, tmp_path):
+def test_a_broken_image_gets_a_line_and_the_others_go_on(
+    run: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
     (tmp_path / "broken.jpg").write_bytes(photos["rocket"].read_bytes()[:5000])
     (tmp_path / "text.png").write_text("not an image")
     paths = [tmp_path / "broken.jpg", photos["rocket"], tmp_path / "text.png", tmp_path / "none.jpg"]
@@ -125,7 +132,9 @@ def test_a_broken_image_gets_a_line_and_the_others_go_on(run, photos, tmp_path):
     assert "truncated JPEG" in lines[0] and "text.png" in lines[1] and "No such file" in lines[2]
 
 
-def test_paths_on_standard_input_end_with_nul_or_newline(run, photos, tmp_path):
+def test_paths_on_standard_input_end_with_nul_or_newline(
+    run: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
     odd = [tmp_path / os.fsdecode(name) for name in (b"two\nlines.jpg", b"caf\xe9.jpg", b"no suffix")]
     for path in odd:
         shutil.copy(photos["rocket"], path)
@@ -144,7 +153,7 @@ def test_paths_on_standard_input_end_with_nul_or_newline(run, photos, tmp_path):
         )
 
 
-def test_a_folder_is_read_as_the_build_reads_it(run, photos, tmp_path):
+def test_a_folder_is_read_as_the_build_reads_it(run: Path, photos: dict[str, Path], tmp_path: Path) -> None:
     """Whatever files are called; what is called like an image and is none is an error."""
     names = ("a.jfif", "b.jpe", "c", "d.JPEG", "e.txt")
     for name in names:
@@ -159,14 +168,14 @@ def test_a_folder_is_read_as_the_build_reads_it(run, photos, tmp_path):
     assert "f.jfif: not a" in done.stderr and "1 of 6 images could not be read" in done.stderr
 
 
-def folder_of_class(folder):
+def folder_of_class(folder: Path) -> Path:
     """The same files as one class of a source."""
     root = folder.with_name(f"{folder.name}-source")
     shutil.copytree(folder, root / "class")
     return root
 
 
-def test_the_true_class_is_the_folder_as_the_build_reads_its_name(run, photos):
+def test_the_true_class_is_the_folder_as_the_build_reads_its_name(run: Path, photos: dict[str, Path]) -> None:
     trained = load_run(run)
     trained.classes[0]["wnid"], trained.classes[1]["wnid"] = "caf\u00e9", "na\u00efve"
     image = samples.read_photograph(str(photos["rocket"]), trained.preprocess.size)
@@ -176,10 +185,10 @@ def test_the_true_class_is_the_folder_as_the_build_reads_its_name(run, photos):
     assert [prediction.truth for prediction in predictions] == [0, 1, None]
 
 
-def test_the_network_runs_once(run, photos, monkeypatch):
+def test_the_network_runs_once(run: Path, photos: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     trained = load_run(run)
     seen: list[int] = []
-    trained.network.features.conv1.register_forward_hook(lambda *_: seen.append(1))
+    trained.network.features.get_submodule("conv1").register_forward_hook(lambda *_: seen.append(1))
     image = samples.read_photograph(str(photos["rocket"]), trained.preprocess.size)
     ((prediction,), fc7) = samples.predict(trained, [("x", image)], 2, torch.device("cpu"))
     assert seen == [1]
@@ -191,7 +200,9 @@ def test_the_network_runs_once(run, photos, monkeypatch):
     assert [chance for _, chance in prediction.top] == pytest.approx(chances[0].tolist(), rel=1e-4)
 
 
-def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path, photos):
+def test_what_is_wrong_is_said_in_one_line(
+    run: Path, dataset: Path, tmp_path: Path, photos: dict[str, Path]
+) -> None:
     for arguments, words in (
         ((tmp_path / "none", photos["rocket"]), "no run at"),
         ((run, tmp_path), "no images in"),
@@ -203,7 +214,9 @@ def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path, photos):
     assert done.exit_code == 2
 
 
-def test_pipes_are_not_waited_for_and_bombs_are_refused_unread(run, photos, tmp_path):
+def test_pipes_are_not_waited_for_and_bombs_are_refused_unread(
+    run: Path, photos: dict[str, Path], tmp_path: Path
+) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "link.jpg").symlink_to("pipe.jpg")
     with (tmp_path / "sparse.jpg").open("wb") as file:
@@ -219,7 +232,7 @@ def test_pipes_are_not_waited_for_and_bombs_are_refused_unread(run, photos, tmp_
     assert str(photos["rocket"]) in done.stdout
 
 
-def test_a_run_folder_of_pipes_is_refused(run, photos, tmp_path):
+def test_a_run_folder_of_pipes_is_refused(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     os.mkfifo(folder / "config.json")

@@ -11,12 +11,13 @@ import struct
 import time
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from helpers import needs_compiler
+from helpers import needs_compiler, read_bgr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -101,7 +102,9 @@ def _transparent(photo: Image.Image) -> Image.Image:
         "webp-alpha",
     ],
 )
-def test_every_kind_becomes_the_rgb_that_pillow_sees(photo: Image.Image, make, tolerance: int) -> None:
+def test_every_kind_becomes_the_rgb_that_pillow_sees(
+    photo: Image.Image, make: Callable[[Image.Image], bytes], tolerance: int
+) -> None:
     data = make(photo)
     assert dimensions(data) == photo.size
     got = prepare(data, photo.width)
@@ -425,7 +428,7 @@ def test_shrinking_averages_areas_as_opencv_does(
 @needs_compiler
 def test_photographs_are_shrunk_as_opencv_does(native_kernels: ctypes.CDLL, photos: dict[str, Path]) -> None:
     for path in photos.values():
-        image = cv2.imread(str(path))
+        image = read_bgr(path)
         side = min(image.shape[:2])
         square = image[:side, -side:]
         for size in [size for size in (37, 100, 227, 300) if size < side and side % size]:

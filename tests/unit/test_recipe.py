@@ -17,10 +17,10 @@ from model.alexnet import AlexNet
 from model.training import recipe
 
 
-def test_paper_initialisation():
+def test_paper_initialisation() -> None:
     net = AlexNet(10)
     recipe.initialise(net, "paper", seed=1)
-    layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = _layers(net)
     ones = [bool((m.bias == 1).all()) for m in layers]
     zeros = [bool((m.bias == 0).all()) for m in layers]
     # section 5: 1 in the second, fourth and fifth convolution and in the hidden fully connected layers
@@ -31,7 +31,7 @@ def test_paper_initialisation():
         assert abs(layer.weight.mean().item()) < 3e-4
 
 
-def test_he_initialisation():
+def test_he_initialisation() -> None:
     net = AlexNet(10, "bn")
     recipe.initialise(net, "he", seed=1)
     layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -45,7 +45,7 @@ def _layers(net: nn.Module) -> list[Any]:
     return [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
 
-def test_cuda_convnet2_initialisation():
+def test_cuda_convnet2_initialisation() -> None:
     """initW and initB of the author's layers-imagenet-1gpu.cfg."""
     net = AlexNet(10)
     recipe.initialise(net, "cuda-convnet2", seed=1)
@@ -58,7 +58,7 @@ def test_cuda_convnet2_initialisation():
     ("variant", "expected"),
     [("cifar-80sec", [1e-4, 0.01, 0.01, 0.1, 0.1]), ("cifar-18pct", [1e-4, 0.01, 0.01, 0.01])],
 )
-def test_cuda_convnet_initialisation(variant: str, expected: list[float]):
+def test_cuda_convnet_initialisation(variant: str, expected: list[float]) -> None:
     """initW of layers-80sec.cfg and layers-18pct.cfg; biases begin at zero."""
     net = AlexNet(10, variant, image_size=32)
     recipe.initialise(net, "cuda-convnet", seed=1)
@@ -66,7 +66,7 @@ def test_cuda_convnet_initialisation(variant: str, expected: list[float]):
     assert not any(layer.bias.any() for layer in _layers(net))
 
 
-def test_torch_initialisation_is_torchs_own():
+def test_torch_initialisation_is_torchs_own() -> None:
     net = AlexNet(10)
     recipe.initialise(net, "torch", seed=3)
     torch.manual_seed(3)
@@ -77,7 +77,7 @@ def test_torch_initialisation_is_torchs_own():
 
 
 @pytest.mark.parametrize("scheme", set(recipe.INITS) - {"cuda-convnet"})
-def test_initialisation_depends_on_the_seed_alone(scheme):
+def test_initialisation_depends_on_the_seed_alone(scheme: str) -> None:
     torch.manual_seed(7)
     nets = [AlexNet(10) for _ in range(3)]
     before = torch.get_rng_state()
@@ -89,7 +89,7 @@ def test_initialisation_depends_on_the_seed_alone(scheme):
     assert not torch.equal(a[0], c[0])
 
 
-def test_updates_follow_the_papers_rule_through_changes_of_the_rate():
+def test_updates_follow_the_papers_rule_through_changes_of_the_rate() -> None:
     """v <- 0.9 v - 0.0005 e w - e g; w <- w + v (section 5), with e divided by 10 on the way."""
     layer = nn.Linear(4, 3)
     optimizer = recipe.build_optimizer(layer, lr=0.1)
@@ -111,7 +111,7 @@ def test_updates_follow_the_papers_rule_through_changes_of_the_rate():
         torch.testing.assert_close(layer.bias.double(), b, atol=1e-5, rtol=1e-5)
 
 
-def test_biases_have_their_own_rate_and_layers_their_own_decay():
+def test_biases_have_their_own_rate_and_layers_their_own_decay() -> None:
     """epsB = 2 epsW and wc of one layer, as in cuda-convnet's files, against the rule in NumPy."""
     net = AlexNet(10, "cifar-18pct", image_size=32)
     optimizer = recipe.build_optimizer(net, 0.1, 0.9, 0.004, bias_lr=2, layer_decay={"fc10": 1.0})
@@ -135,7 +135,7 @@ def test_biases_have_their_own_rate_and_layers_their_own_decay():
         recipe.build_optimizer(net, layer_decay={"fc8": 1.0})
 
 
-def test_lars_follows_its_papers_rule_through_changes_of_the_rate_and_a_resumed_run():
+def test_lars_follows_its_papers_rule_through_changes_of_the_rate_and_a_resumed_run() -> None:
     """Algorithm 1 of arXiv:1708.03888 in NumPy: v <- m v + lr l (g + b w), l = 0.001 |w| / (|g| + b |w|)."""
     layer, decay, momentum = nn.Linear(4, 3), 0.05, 0.9
     optimizer = recipe.build_optimizer(layer, 4.0, momentum, decay, "lars")
@@ -161,7 +161,7 @@ def test_lars_follows_its_papers_rule_through_changes_of_the_rate_and_a_resumed_
         np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-4, atol=1e-5)
 
 
-def test_lars_moves_a_layer_of_zeros_and_keeps_one_without_gradient():
+def test_lars_moves_a_layer_of_zeros_and_keeps_one_without_gradient() -> None:
     layer = nn.Linear(2, 2)
     optimizer = recipe.build_optimizer(layer, 0.1, 0.0, 0.0, "lars")
     for weight, gradient, moved in ((0.0, 1.0, -0.1), (1.0, 0.0, 0.0)):
@@ -172,7 +172,7 @@ def test_lars_moves_a_layer_of_zeros_and_keeps_one_without_gradient():
         torch.testing.assert_close(layer.weight.detach(), torch.full((2, 2), weight + moved))
 
 
-def test_an_overflow_in_the_very_first_step_leaves_no_trace():
+def test_an_overflow_in_the_very_first_step_leaves_no_trace() -> None:
     """As GradScaler reports it to a fused optimiser: that step is skipped, and momentum begins at zero."""
     weight = nn.Linear(64, 64)
     expected = weight.weight.detach().clone()
@@ -181,12 +181,12 @@ def test_an_overflow_in_the_very_first_step_leaves_no_trace():
     for found, gradient in ((1.0, math.inf), (0.0, 0.0)):
         weight.weight.grad = torch.full((64, 64), gradient)
         weight.bias.grad = torch.full((64,), gradient)
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(found)
+        vars(optimizer).update(grad_scale=torch.tensor(1.0), found_inf=torch.tensor(found))
         optimizer.step()
     assert torch.equal(weight.weight, expected)
 
 
-def test_plateau_divides_by_ten_when_validation_stops_improving():
+def test_plateau_divides_by_ten_when_validation_stops_improving() -> None:
     schedule = recipe.Schedule("plateau", 0.01, epochs=20, steps_per_epoch=10, patience=2)
     rates = []
     for error in [0.9, 0.8, 0.8, 0.85, 0.7, 0.7, 0.7, 0.6]:
@@ -208,7 +208,9 @@ def test_plateau_divides_by_ten_when_validation_stops_improving():
     steps=st.integers(1, 40),
     warmup=st.floats(0, 3),
 )
-def test_every_schedule_stays_within_zero_and_the_base_rate(kind, epochs, steps, warmup):
+def test_every_schedule_stays_within_zero_and_the_base_rate(
+    kind: str, epochs: int, steps: int, warmup: float
+) -> None:
     schedule = recipe.Schedule(kind, 0.1, epochs, steps, warmup)
     rates = [schedule.lr(step) for step in range(epochs * steps)]
     assert all(0 < rate <= 0.1 for rate in rates)
@@ -217,7 +219,7 @@ def test_every_schedule_stays_within_zero_and_the_base_rate(kind, epochs, steps,
     assert all(x >= y for x, y in pairwise(rates[schedule.warmup :]))
 
 
-def test_cosine_and_step_reach_what_they_say():
+def test_cosine_and_step_reach_what_they_say() -> None:
     cosine = recipe.Schedule("cosine", 0.1, 10, 10, warmup_epochs=1)
     assert cosine.lr(0) == pytest.approx(0.01) and cosine.lr(9) == pytest.approx(0.1)
     assert cosine.lr(55) == pytest.approx(0.05) and cosine.lr(99) < 1e-4
@@ -227,7 +229,7 @@ def test_cosine_and_step_reach_what_they_say():
     assert [round(math.log10(step.lr(s))) for s in (0, 29, 30, 59, 60, 89)] == [-1, -1, -2, -2, -3, -3]
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(ModelError, match="use one of"):
         recipe.initialise(AlexNet(2), "xavier")
     with pytest.raises(ModelError, match="use one of"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from helpers import CROP, make_run, write_log
 
 from base.errors import ModelError
@@ -25,25 +25,25 @@ from tools.lib.runs import load_run
 from tools.lib.samples import count_classes, training_batch
 
 
-def invoke(*arguments, code=0):
+def invoke(*arguments: object, code: int = 0) -> Result:
     done = CliRunner().invoke(show.main, list(map(str, arguments)))
     assert done.exit_code == code, (done.output, done.exception)
     return done
 
 
-def assert_picture(path, least=200):
+def assert_picture(path: Path, least: int = 200) -> None:
     picture = cv2.imread(str(path))
     assert picture is not None and min(picture.shape[:2]) >= least and picture.std() > 5
 
 
 @pytest.fixture(scope="module")
-def run(dataset, tmp_path_factory):
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = make_run(tmp_path_factory.mktemp("runs") / "a", dataset)
     write_log(out)
     return out
 
 
-def test_every_command_writes_a_picture(run, dataset, tmp_path):
+def test_every_command_writes_a_picture(run: Path, dataset: Path, tmp_path: Path) -> None:
     invoke("batch", dataset, "--images", 5, "--crop", CROP, "--step", 1, "--out", tmp_path / "b.png")
     invoke("filters", run, "--out", tmp_path / "f.png")
     invoke("curves", run, "--out", tmp_path / "c.png")
@@ -53,7 +53,7 @@ def test_every_command_writes_a_picture(run, dataset, tmp_path):
         assert_picture(tmp_path / f"{name}.png")
 
 
-def test_batch_shows_the_crop_of_the_stored_image(dataset):
+def test_batch_shows_the_crop_of_the_stored_image(dataset: Path) -> None:
     reader = ShardReader(dataset / "train")
     preprocess = Preprocess.load(dataset / "train", 224)
     plan = Plan(count=96, global_batch=8, color_std=0.0, seed=3)
@@ -72,11 +72,11 @@ def test_batch_shows_the_crop_of_the_stored_image(dataset):
         assert np.abs(augmented.astype(int) - crop).max() <= 3
 
 
-def test_filters_are_scaled_about_grey(run):
+def test_filters_are_scaled_about_grey(run: Path) -> None:
     trained = load_run(run)
     figure = figures.filters_figure(trained.network, "title")
     mosaic = np.asarray(figure.axes[0].images[0].get_array())
-    weights = trained.network.features.conv1.weight.numpy()
+    weights = trained.network.features.get_parameter("conv1.weight").numpy()
     assert mosaic.shape == (6 * 12 - 1, 16 * 12 - 1, 3)
     for place in (0, 17, 95):  # row by row
         y, x = 12 * (place // 16), 12 * (place % 16)
@@ -85,7 +85,7 @@ def test_filters_are_scaled_about_grey(run):
         np.testing.assert_allclose(mosaic[y : y + 11, x : x + 11], wanted, atol=1e-6)
 
 
-def test_curves_compare_runs_over_epochs(run, tmp_path):
+def test_curves_compare_runs_over_epochs(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     write_log(other, epochs=2, steps=3)  # another batch size: other steps, the same epochs
@@ -93,21 +93,21 @@ def test_curves_compare_runs_over_epochs(run, tmp_path):
         file.write('{"kind": "train", "epo')  # being written
     figure = figures.curves_figure({"a": read_log(run), "b": read_log(other)})
     loss, accuracy = figure.axes[:2]
-    assert [list(line.get_xdata()) for line in loss.lines[1::2]] == [[1, 2, 3], [1, 2]]
+    assert [np.asarray(line.get_xdata()).tolist() for line in loss.lines[1::2]] == [[1, 2, 3], [1, 2]]
     for line, percent in zip(accuracy.lines, ([20, 30, 40], [60, 70, 80]), strict=False):
-        assert list(line.get_ydata()) == pytest.approx(percent)
+        assert np.asarray(line.get_ydata()).tolist() == pytest.approx(percent)
     invoke("curves", run, other, "--out", tmp_path / "two.png")
     assert_picture(tmp_path / "two.png")
 
 
-def test_dataset_counts_classes_of_both_splits(dataset):
+def test_dataset_counts_classes_of_both_splits(dataset: Path) -> None:
     readers = {split: ShardReader(dataset / split) for split in ("train", "val")}
     counts = {split: count_classes(reader, split) for split, reader in readers.items()}
     assert counts["train"].tolist() == [24] * 4 and counts["val"].tolist() == [6] * 4
 
 
-def test_pictures_have_the_wnid_where_no_font_has_the_name(monkeypatch):
-    classes = [
+def test_pictures_have_the_wnid_where_no_font_has_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes: list[dict[str, str | None]] = [
         {"wnid": "n1", "name": "tench"},
         {"wnid": "n2", "name": "猫, cat"},
         {"wnid": "犬", "name": None},
@@ -119,11 +119,11 @@ def test_pictures_have_the_wnid_where_no_font_has_the_name(monkeypatch):
     assert figures.picture_names(classes) == ["tench", "猫", "犬"]
 
 
-def test_the_fonts_of_pictures_are_installed_and_their_characters_known():
+def test_the_fonts_of_pictures_are_installed_and_their_characters_known() -> None:
     assert figures.drawable("tench … é λ ×") and not figures.drawable("\U0010ffff")
 
 
-def test_hostile_class_and_file_names_reach_pictures_and_the_terminal(dataset, tmp_path):
+def test_hostile_class_and_file_names_reach_pictures_and_the_terminal(dataset: Path, tmp_path: Path) -> None:
     classes = [{"wnid": w, "name": None} for w in ("caf\udce9", "a\x1b[31m", "$x_2$", "猫")]
     rejected = [{"source": "caf\udce9/\x1b[2J.jpg", "reason": "truncated JPEG"}]
     for split in ("train", "val"):
@@ -140,15 +140,15 @@ def test_hostile_class_and_file_names_reach_pictures_and_the_terminal(dataset, t
 class Sources(HTMLParser):
     """Everything that a page would load."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.found = []
+        self.found: list[str] = []
 
-    def handle_starttag(self, tag, attributes):
-        self.found += [value for key, value in attributes if key in ("src", "href", "srcset", "data")]
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for key, value in attributes if key in ("src", "href", "srcset", "data")]
 
 
-def test_report_is_one_file_that_loads_nothing(run, dataset, tmp_path):
+def test_report_is_one_file_that_loads_nothing(run: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.html"
     invoke("report", run, "--data", dataset, "--out", out, "--gpus", 0, "--workers", 0, "--no-progress")
     page = out.read_text()
@@ -166,7 +166,7 @@ def test_report_is_one_file_that_loads_nothing(run, dataset, tmp_path):
     assert {s[1:] for s in sources.found if s.startswith("#")} == ids
 
 
-def test_report_tells_that_a_run_only_guessed(run, dataset, tmp_path):
+def test_report_tells_that_a_run_only_guessed(run: Path, dataset: Path, tmp_path: Path) -> None:
     stuck = Path(shutil.copytree(run, tmp_path / "stuck"))
     with (stuck / "log.jsonl").open("a") as log:
         log.write(
@@ -177,7 +177,7 @@ def test_report_tells_that_a_run_only_guessed(run, dataset, tmp_path):
     assert "only guessed" in (page := out.read_text()) and "1.386" in page
 
 
-def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path):
+def test_what_is_wrong_is_said_in_one_line(run: Path, dataset: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     for arguments, words in (
@@ -193,7 +193,7 @@ def test_what_is_wrong_is_said_in_one_line(run, dataset, tmp_path):
     assert "line 1" in invoke("curves", empty, code=1).stderr
 
 
-def test_a_log_is_read_but_for_a_partial_last_line(tmp_path):
+def test_a_log_is_read_but_for_a_partial_last_line(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     whole = b'{"kind": "train", "step": 1}\n{"kind": "val", "step": 2}\n'
     path.write_bytes(whole)

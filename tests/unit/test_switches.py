@@ -1,6 +1,8 @@
 """train.py's switches: each changes what it says and nothing else, and comes back from the checkpoint."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from model.training.mixup import mix
 from model.training.recipe import initialise
 
 
-def options_of(*arguments):
+def options_of(*arguments: object) -> dict[str, Any]:
     """What train.py would train with."""
     return train.main.make_context("train.py", list(map(str, arguments))).params
 
@@ -22,11 +24,11 @@ def options_of(*arguments):
 # --- recipes ---
 
 
-def recipe_files():
+def recipe_files() -> list[Path]:
     return sorted((ROOT / "recipes").glob("*.json"))
 
 
-def test_the_papers_recipe_is_the_defaults():
+def test_the_papers_recipe_is_the_defaults() -> None:
     """As filled in for a million images."""
     given, recipe = (Config(**options_of(*o)) for o in ((), ("--recipe", "paper")))
     given.fill(1_281_167)
@@ -35,7 +37,9 @@ def test_the_papers_recipe_is_the_defaults():
 
 
 @pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
-def test_every_recipe_sets_the_same_options_and_gives_way_to_the_command_line(path, tmp_path):
+def test_every_recipe_sets_the_same_options_and_gives_way_to_the_command_line(
+    path: Path, tmp_path: Path
+) -> None:
     recipe = json.loads(path.read_text())
     assert recipe.keys() == json.loads((ROOT / "recipes/paper.json").read_text()).keys()  # fit for diff
     found = options_of("--recipe", path.stem)
@@ -53,7 +57,7 @@ def test_every_recipe_sets_the_same_options_and_gives_way_to_the_command_line(pa
 # --- the network's switches ---
 
 
-def test_the_defaults_are_the_papers_network():
+def test_the_defaults_are_the_papers_network() -> None:
     assert AlexNet(10).options == {} and AlexNet(10, groups=2, lrn=True, pool=(3, 2)).options == {}
 
 
@@ -68,7 +72,7 @@ def test_the_defaults_are_the_papers_network():
         ({"pool": (2, 2)}, set()),
     ],
 )
-def test_each_switch_changes_exactly_what_it_should(options, gone):
+def test_each_switch_changes_exactly_what_it_should(options: dict[str, Any], gone: set[str]) -> None:
     whole, changed = AlexNet(5, image_size=96), AlexNet(5, image_size=96, **options)
     before, after = (dict(net.features.named_children()) for net in (whole, changed))
     assert before.keys() - after.keys() == gone and after.keys() <= before.keys()
@@ -80,22 +84,26 @@ def test_each_switch_changes_exactly_what_it_should(options, gone):
     }
     neighbours = {("conv2",): {"conv3"}, ("conv5", "conv3"): {"conv4"}}  # take other channels
     key = next(iter(options))
-    assert different == expected.get(key, neighbours.get(options.get("drop_layers"), set()))
+    assert different == expected.get(key, neighbours.get(options.get("drop_layers", ()), set()))
     again = AlexNet(5, image_size=96, **json.loads(json.dumps(changed.options)))
     assert str(again) == str(changed)
 
 
-def test_biases_of_one_follow_the_papers_numbers_where_a_layer_is_left_out():
+def test_biases_of_one_follow_the_papers_numbers_where_a_layer_is_left_out() -> None:
     net = AlexNet(5, image_size=96, drop_layers=("conv3",))
     initialise(net, "paper")
-    convolutions = {n: m.bias for n, m in net.features.named_children() if n.startswith("conv")}
+    convolutions = {
+        n: net.features.get_parameter(f"{n}.bias")
+        for n, _ in net.features.named_children()
+        if n.startswith("conv")
+    }
     assert {name: float(bias.detach().mean()) for name, bias in convolutions.items()} == {
         "conv1": 0, "conv2": 1, "conv4": 1, "conv5": 1,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["cifar-80sec", "cifar-18pct"])
-def test_the_networks_of_cuda_convnet(variant):
+def test_the_networks_of_cuda_convnet(variant: str) -> None:
     """Against torch's functions alone: pools of 3 and 2 that round up, the first a maximum, the others means."""
     net = AlexNet(10, variant, image_size=32)
     x = 50 * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -133,7 +141,7 @@ def test_the_networks_of_cuda_convnet(variant):
     assert "Tanh" in str(AlexNet(10, variant, image_size=24, activation="tanh"))
 
 
-def test_mixup_blends_pairs_that_never_lie_across_a_border(dataset, tmp_path):
+def test_mixup_blends_pairs_that_never_lie_across_a_border(dataset: Path, tmp_path: Path) -> None:
     """Of ranks or parts: blending the parts is blending the whole."""
     odd = ["--mixup", 0.2, "--global-batch", 33, "--gpus", 0]
     assert "even batch" in train_error("--data", dataset, "--out", tmp_path, *odd, code=2)
@@ -142,7 +150,7 @@ def test_mixup_blends_pairs_that_never_lie_across_a_border(dataset, tmp_path):
     assert torch.equal(torch.cat(parts), mix(images, keep))
 
 
-def test_options_that_make_no_network_are_refused_in_one_line(dataset, tmp_path):
+def test_options_that_make_no_network_are_refused_in_one_line(dataset: Path, tmp_path: Path) -> None:
     assert "not KERNEL,STRIDE" in train_error("--pool", "3", code=2)
     network = ["--variant", "cifar-18pct", "--groups", 2, "--gpus", 0]
     error = train_error("--data", dataset, "--out", tmp_path / "b", *network)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from model.alexnet import AlexNet
 from model.training.precision import input_dtype
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
-from pipeline.load.loader import eval_loader, train_loader
+from pipeline.load.loader import Loader, eval_loader, train_loader
 from pipeline.load.plan import Plan
 from pipeline.load.views import ViewCutter, ten_views
 from pipeline.preprocess import MEANS, Preprocess
@@ -26,11 +27,17 @@ from pipeline.shards import ShardReader
 
 
 @pytest.fixture(scope="module")
-def raw_val(class_folders, tmp_path_factory):
+def raw_val(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The val split as raw records."""
     out = tmp_path_factory.mktemp("raw-records")
     build_split(open_source(class_folders / "val", "val"), out, Options(encoding="raw"), workers=1)
     return out / "val"
+
+
+def cutter(mean: np.ndarray, crop: int, dtype: torch.dtype, threads: int) -> ViewCutter:
+    cut = ViewCutter.of(mean, crop, dtype, threads)
+    assert cut is not None
+    return cut
 
 
 @needs_compiler
@@ -42,7 +49,7 @@ def raw_val(class_folders, tmp_path_factory):
     threads=st.integers(1, 4),
     data=st.data(),
 )
-def test_every_size_equals_numpy(size, count, each, threads, data):
+def test_every_size_equals_numpy(size: int, count: int, each: int, threads: int, data: st.DataObject) -> None:
     crop = data.draw(st.integers(1, size))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     mean = rng.uniform(0, 255, (size, size, 3)).astype(np.float32)
@@ -51,26 +58,28 @@ def test_every_size_equals_numpy(size, count, each, threads, data):
     flips = rng.integers(0, 2, count * each, dtype=np.int32)
     shifts = rng.normal(0, 20, (count * each, 3)).astype(np.float32)
     given_ = [torch.from_numpy(array) for array in (images, anchors, flips, shifts)]
-    found = ViewCutter.of(mean, crop, torch.float32, threads)(*given_)
+    found = cutter(mean, crop, torch.float32, threads)(*given_)
     for i, (top, left) in enumerate(anchors):
         window = np.s_[top : top + crop, left : left + crop]
         expected = images[i // each][window].astype(np.float64) - mean[window] + shifts[i]
         np.testing.assert_allclose(found[i], expected[:, ::-1] if flips[i] else expected, atol=1e-4)
-    rounded = ViewCutter.of(np.asfortranarray(mean), crop, torch.bfloat16, threads)(*given_)
+    rounded = cutter(np.asfortranarray(mean), crop, torch.bfloat16, threads)(*given_)
     assert torch.equal(rounded, found.bfloat16())  # torch rounds to the nearest even, too
 
 
 @needs_compiler
 @pytest.mark.parametrize("mode", MEANS)
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (0, 2), (1, 1), (1, 3)])
-def test_training_batches_are_those_of_dalis_operators(dataset, mode, workers, prefetch):
+def test_training_batches_are_those_of_dalis_operators(
+    dataset: Path, mode: str, workers: int, prefetch: int
+) -> None:
     """From one epoch into the next, and with DALI some batches ahead."""
     reader = ShardReader(dataset / "train")
     preprocess = Preprocess.load(dataset / "train", 224, mode)
     plan = Plan(len(reader), 16)
     first = plan.steps_per_epoch - 1
 
-    def batches(**options):
+    def batches(**options: Any) -> Loader:
         options |= {"workers": workers, "prefetch": prefetch}
         return train_loader(reader, plan, preprocess, first_step=first, end_step=first + 3, **options)
 
@@ -88,15 +97,15 @@ def test_training_batches_are_those_of_dalis_operators(dataset, mode, workers, p
 
 @needs_compiler
 @pytest.mark.parametrize("ten_crops", [False, True])
-def test_evaluation_and_raw_records_too(dataset, raw_val, ten_crops):
+def test_evaluation_and_raw_records_too(dataset: Path, raw_val: Path, ten_crops: bool) -> None:
     """A raw data set, whose records are not decoded at all; the last batch is smaller."""
     preprocess = Preprocess.load(dataset / "train", 224)
     for data in (dataset / "val", raw_val):
         reader = ShardReader(data)
         for workers in (0, 1):
-            options = {"ten_crops": ten_crops, "workers": workers}
-            fused = eval_loader(reader, preprocess, 7, prefetch=2, **options)
-            first, fused = list(fused), list(fused)
+            options: dict[str, Any] = {"ten_crops": ten_crops, "workers": workers}
+            loader = eval_loader(reader, preprocess, 7, prefetch=2, **options)
+            first, fused = list(loader), list(loader)
             assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, fused, strict=True))
             plain = list(eval_loader(reader, preprocess, 7, fused=False, **options))
             assert len(fused) == len(plain) == -(-len(reader) // 7)
@@ -104,16 +113,16 @@ def test_evaluation_and_raw_records_too(dataset, raw_val, ten_crops):
                 assert torch.equal(a, b) and torch.equal(la, lb)
 
 
-def test_ten_views_are_the_papers():
+def test_ten_views_are_the_papers() -> None:
     anchors, flips = ten_views(256, 224)
     assert anchors.tolist() == [[0, 0], [0, 32], [32, 0], [32, 32], [16, 16]] * 2
     assert flips.tolist() == [0] * 5 + [1] * 5
 
 
 @needs_compiler
-def test_what_the_kernel_would_read_beyond_is_refused():
+def test_what_the_kernel_would_read_beyond_is_refused() -> None:
     mean = np.zeros((8, 8, 3), np.float32)
-    cut = ViewCutter.of(mean, 6, torch.float32, 1)
+    cut = cutter(mean, 6, torch.float32, 1)
     images, anchors = torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int32)
     flips, shifts = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 3)
     assert cut(images, anchors, flips, shifts).shape == (2, 6, 6, 3)
@@ -138,7 +147,7 @@ def test_what_the_kernel_would_read_beyond_is_refused():
 
 
 @needs_compiler
-def test_where_no_thread_can_start_the_work_is_done_all_the_same():
+def test_where_no_thread_can_start_the_work_is_done_all_the_same() -> None:
     """A limit on threads, as containers have, met in a process of its own."""
     code = """
 import resource, numpy as np, torch
@@ -158,11 +167,13 @@ assert cut(*arguments).eq(7).all()
 
 @needs_compiler
 @pytest.mark.parametrize("environment", [{"CXX": "/no/such/compiler"}, {"ALEXNET_NATIVE": "0"}], ids=str)
-def test_without_a_compiler_dalis_operators_do_it(dataset, monkeypatch, environment):
+def test_without_a_compiler_dalis_operators_do_it(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
     reader = ShardReader(dataset / "train")
     preprocess = Preprocess.load(dataset / "train", 224)
 
-    def batch(**options):
+    def batch(**options: Any) -> torch.Tensor:
         plan = Plan(len(reader), 16)
         return next(train_loader(reader, plan, preprocess, end_step=1, workers=0, **options))[0]
 
@@ -181,7 +192,7 @@ def test_without_a_compiler_dalis_operators_do_it(dataset, monkeypatch, environm
 
 
 @pytest.mark.parametrize("variant", ["paper", "cifar-18pct"])
-def test_a_step_on_what_the_loader_rounds_is_a_step_on_what_autocast_rounds(variant):
+def test_a_step_on_what_the_loader_rounds_is_a_step_on_what_autocast_rounds(variant: str) -> None:
     """Nothing before the first convolution may round a second time."""
     torch.manual_seed(0)
     network = AlexNet(10, variant, image_size=67 if variant == "paper" else 32)
@@ -189,15 +200,14 @@ def test_a_step_on_what_the_loader_rounds_is_a_step_on_what_autocast_rounds(vari
     images = images.to(memory_format=torch.channels_last)
     gradients = []
     for batch in (images, images.bfloat16()):
-        network.zero_grad()
         network.set_position(0, 0)
         with torch.autocast("cpu", torch.bfloat16):
-            network(batch).float().logsumexp(1).sum().backward()
-        gradients.append([p.grad.clone() for p in network.parameters()])
+            loss = network(batch).float().logsumexp(1).sum()
+        gradients.append(torch.autograd.grad(loss, list(network.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_images_are_of_the_type_that_the_network_takes():
+def test_images_are_of_the_type_that_the_network_takes() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert input_dtype(None, cpu) == input_dtype(None, gpu) == torch.float32
     assert input_dtype(torch.bfloat16, cpu) == torch.bfloat16
@@ -206,10 +216,12 @@ def test_images_are_of_the_type_that_the_network_takes():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_raw_record_of_another_size_is_named(dataset, raw_val, monkeypatch, fused):
+def test_a_raw_record_of_another_size_is_named(
+    dataset: Path, raw_val: Path, monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
     reader, read = ShardReader(raw_val), ShardReader.read
 
-    def damaged(self, index):
+    def damaged(self: ShardReader, index: int) -> tuple[np.ndarray, int]:
         data, label = read(self, index)
         return (np.zeros((300, 300, 3), np.uint8) if index == 3 else data), label
 
@@ -220,7 +232,7 @@ def test_a_raw_record_of_another_size_is_named(dataset, raw_val, monkeypatch, fu
         next(loader)
 
 
-def test_a_compiler_that_hangs_is_done_without(tmp_path, monkeypatch):
+def test_a_compiler_that_hangs_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\nexec sleep 60\n")
     compiler.chmod(0o755)
