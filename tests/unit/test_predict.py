@@ -232,7 +232,7 @@ def test_pipes_are_not_waited_for_and_bombs_are_refused_unread(
     assert str(photos["rocket"]) in done.stdout
 
 
-def test_a_run_folder_of_pipes_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_run_folder_of_pipes_is_refused(run: Path, photos: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     os.mkfifo(folder / "config.json")
