@@ -240,7 +240,7 @@ def train(ranks: Ranks, config: Config) -> None:
         saving = epoch_ends or (config.save_every > 0 and step % config.save_every == 0)
         stopping = stop.requested and ranks.world_size == 1
         if saving or stopping or step % config.log_every == 0:
-            # the only place where the host waits for the device; several ranks agree here on stopping
+            # between saves, the only place where the host waits for the device; here ranks agree on stopping
             stopping = ranks.any(stop.requested)
             steps = step - window_step
             means = state.window(steps)

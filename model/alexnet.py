@@ -125,7 +125,7 @@ class AlexNet(nn.Module):
 
     Attributes:
         options: the options from `stride` on that differ from the variant's own, as plain values: with
-            `num_classes`, `variant` and `image_size` they make this network again.
+            `num_classes`, `variant` and `image_size` they make this network again, but for `dropout`.
         convolutions: the numbers of the convolutions, in order, without those left out.
 
     Raises:
