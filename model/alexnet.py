@@ -12,7 +12,6 @@ keep the channels-last memory format, which is the fast one on CPUs and GPUs ali
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from itertools import count
 from typing import Any
 
 import torch.nn.functional as F
@@ -313,12 +312,14 @@ class _Builder:
             return
         if self.variant.startswith("cifar"):
             raise ModelError(f"images of {self.image_size} pixels are too small for variant {self.variant}")
-        enough = next(
-            size for size in count(self.image_size) if _last_side(size, self.stride, self.pool) >= 1
-        )
+        # a stranger's checkpoint may name any pool: no search without an end
+        sizes = range(self.image_size, 4097)
+        enough = next((size for size in sizes if _last_side(size, self.stride, self.pool) >= 1), None)
         raise ModelError(
             f"images of {self.image_size} pixels are too small for conv1's stride of {self.stride} and 3 pools "
-            f"{tuple(self.pool)}: use at least {enough} pixels, or a smaller stride"
+            f"{tuple(self.pool)}: use "
+            + (f"at least {enough} pixels, or " if enough else "")
+            + "a smaller stride"
         )
 
 

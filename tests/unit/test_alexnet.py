@@ -295,3 +295,9 @@ def test_dropout_is_the_same_on_the_gpu() -> None:
     layer = KeyedDropout(0.5, salt=6).cuda()
     layer.set_position(KEY, 3)
     assert torch.equal(layer.keep(64, 4096).cpu(), mask(first_row=3, rows=64))
+
+
+def test_a_pool_larger_than_all_images_is_refused_at_once() -> None:
+    """A stranger's checkpoint may name it: there is no size to be found."""
+    with pytest.raises(ModelError, match="use a smaller stride"):
+        AlexNet(2, pool=(3, 10**9))
