@@ -313,6 +313,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(whole: Path, dataset: Path, tmp
     content = bytearray(newest_path.read_bytes())
     content[len(content) // 2] ^= 1
     (damaged / newest_path.name).write_bytes(content)
+    (damaged / "config.json").write_bytes((whole / "config.json").read_bytes())
     error = train_error("--data", dataset, "--out", damaged, "--resume", *SMALL)
     assert newest_path.name in error and "damaged" in error
 
