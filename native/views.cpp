@@ -50,7 +50,7 @@ void view(const uint8_t* image, const float* means, const int32_t* anchor, bool 
             levels = mirrored;
         }
 #pragma omp simd
-        for (int64_t i = 0; i < values; ++i) store(out + i, float(levels[i]) + shift_row[i] - average[i]);
+        for (int64_t i = 0; i < values; ++i) store(out + i, float(levels[i]) - average[i] + shift_row[i]);
     }
 }
 

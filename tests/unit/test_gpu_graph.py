@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import needs_compiler
 
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
 from pipeline.load import loader
 from pipeline.load.feed import EvalFeed
 from pipeline.load.graph import graph
-from pipeline.load.loader import DECODERS, time_decoders
+from pipeline.load.loader import DECODERS, time_decoders, train_loader
+from pipeline.load.plan import Plan
 from pipeline.preprocess import MEANS, Preprocess
 from pipeline.shards import ShardReader
 
@@ -45,6 +47,19 @@ def test_all_forms_serialize(records: str, mode: str, dataset: Path) -> None:
         assert (b"mixed" in text) == (records == "mixed")
         assert (b"decoders" in text) == (records != "raw")
         assert b"CropMirrorNormalize" in text and b"gpu" in text
+
+
+@needs_compiler
+@pytest.mark.parametrize("crop", [256, 227, 100])
+def test_crops_of_any_size_equal_the_kernels(crop: int, dataset: Path) -> None:
+    """DALI takes the position as a fraction of the free space: rounding must not move the crop."""
+    reader, preprocess = ShardReader(dataset / "train"), Preprocess.load(dataset / "train", crop)
+    plan = Plan(len(reader), 32, crop=crop)
+    graphs, kernel = (
+        train_loader(reader, plan, preprocess, end_step=3, workers=0, fused=fused) for fused in (False, True)
+    )
+    for (a, _), (b, _) in zip(graphs, kernel, strict=True):
+        assert a.shape == (32, 3, crop, crop) and torch.equal(a, b)
 
 
 def test_raw_records_travel_as_one_array(class_folders: Path, tmp_path: Path) -> None:
