@@ -1,4 +1,4 @@
-"""Every stage of the main job against the machine's own limit and against what a user would pick instead."""
+"""Measures each stage against the machine's own limit and against the usual alternative."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import click
 from tools.lib import cli
 
 STAGES = ("build", "read", "load", "lrn", "step", "train", "ranks", "scale", "peers")
-LONG = ("scale", "peers")  # 240,000 images, 5 GB of them; loaders in an environment of their own
+LONG = (
+    "scale",
+    "peers",
+)  # only if asked for: 240,000 images (5 GB); loaders with an environment of their own
 
 
 @click.command(
@@ -27,25 +30,32 @@ LONG = ("scale", "peers")  # 240,000 images, 5 GB of them; loaders in an environ
     multiple=True,
     default=[stage for stage in STAGES if stage not in LONG],
     show_default="all but scale, which builds 5 GB, and peers",
-    help="Measure only this; may be given again.",
+    help="Measure only this stage; can be given more than once.",
 )
-@cli.option("--rounds", type=click.IntRange(1), default=3, help="Turns of which the median is reported.")
-@cli.option("--batch", type=click.IntRange(2), default=128, help="Images in a batch.")
+@cli.option("--rounds", type=click.IntRange(1), default=3, help="Turns; the median is reported.")
+@cli.option("--batch", type=click.IntRange(2), default=128, help="Images per batch.")
 @click.option(
     "--workers",
     type=click.IntRange(1),
     default=None,
     show_default="cores",
-    help="Worker processes of the build.",
+    help="Worker processes of a build.",
 )
-@cli.file_option("--json", "Write the rows as JSON too.")
-@click.option("--cpu", is_flag=True, help="Measure on the CPU even where there is a GPU.")
+@cli.file_option("--json", "Also write the rows as JSON.")
+@click.option("--cpu", is_flag=True, help="Measure on the CPU even if there is a GPU.")
 @cli.option(
     "--peers-python",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=None,
-    show_default="the one of .venv-peers, which `make bench-peers` makes, else this one",
-    help="The Python interpreter that runs the other loaders of the stage peers.",
+    show_default="that of .venv-peers (`make bench-peers`) if it exists, else this one",
+    help="Python interpreter that runs the other loaders of the stage peers.",
+)
+@click.option(
+    "--issue",
+    "issue_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Print one block for an issue: the machine, the table, the JSON, and the end of FILE, the tests' output.",
 )
 def main(
     photographs: Path | None,
@@ -56,15 +66,16 @@ def main(
     json_path: Path | None,
     cpu: bool,
     peers_python: Path | None,
+    issue_path: Path | None,
 ) -> None:
-    """Measure each stage on PHOTOGRAPHS, class folders in train/ (and val/), on the device that is here.
+    """Measure each stage with PHOTOGRAPHS, class folders in train/ (and val/), on this machine's GPU or CPU.
 
-    Without PHOTOGRAPHS: the demo's tiles. Prints a Markdown table; ratios were taken in turns in this run.
+    Without PHOTOGRAPHS the demo's tiles are used. Prints a Markdown table. What is compared was measured in turns.
     """
     from tools.bench.stages import measure
 
     chosen = [stage for stage in STAGES if stage in stages]
-    measure(photographs, chosen, rounds, batch, workers, json_path, cpu, peers_python)
+    measure(photographs, chosen, rounds, batch, workers, json_path, cpu, peers_python, issue_path)
 
 
 if __name__ == "__main__":

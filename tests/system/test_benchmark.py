@@ -1,16 +1,22 @@
-"""That the stages of the benchmark run; figures are for quiet machines, not for tests."""
+"""The stages of the benchmark run; tests check no rates."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from tools.bench.peer_loaders import LOADERS
+from tools.bench.core import Bench, Row
+from tools.bench.load import load_cases
+from tools.bench.peer_loaders import LOADERS, WRITERS
 from tools.bench.peers import OWN
+from tools.bench.report import TEST_LINES
 from tools.bench.stages import STAGES
+from tools.benchmark import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,14 +33,19 @@ def test_each_stage_gives_its_rows(class_folders: Path, tmp_path: Path, stages: 
 
 
 def test_peers_that_are_installed_run_and_the_others_are_named(class_folders: Path, tmp_path: Path) -> None:
-    """`ours` and `dali` are always there; of the rest whatever this environment holds."""
+    """`ours` and `dali` are always there; the others if this environment has them."""
     rows, done = measure(class_folders, tmp_path / "rows.json", "peers", "--peers-python", sys.executable)
-    ran = [row["what"].partition(":")[0] for row in rows]
-    assert ran[:2] == ["ours", "dali"]
+    loading = [row for row in rows if "first batch after" in row["what"]]
+    writing = rows[len(loading) :]
+    loaders = [row["what"].partition(":")[0] for row in loading]
+    assert loaders[:2] == ["ours", "dali"]
     for name in LOADERS:
-        assert (name in ran) != (f"peers: {name} is left out: it " in done.stderr), done.stderr
-    for row in rows:
-        assert "first batch after" in row["what"] and "MB on disk" in row["what"] and row["ours"] > 0
+        assert (name in loaders) != (f"peers: {name} is left out: it " in done.stderr), done.stderr
+    assert all("MB on disk" in row["what"] for row in loading)
+    writers = [row["peer_is"] for row in writing]
+    assert writers[:2] == ["Pillow loop", "OpenCV loop"]
+    for name in WRITERS:
+        assert (name in writers) != (f"peers: {name} is left out: it " in done.stderr), done.stderr
     for row in rows[1:]:
         assert row["peer"] > 0 and row["of_peer"] == row["ours"] / row["peer"]
 
@@ -43,6 +54,43 @@ def test_every_peer_is_in_the_list_that_make_installs() -> None:
     listed = {line.partition("<")[0] for line in (ROOT / "tools/bench/peers.txt").read_text().split()}
     names = {"streaming": "mosaicml-streaming", "torchvision_decode_jpeg": "torchvision"}
     assert {names.get(name, name) for name in LOADERS if name not in OWN} <= listed
+
+
+def test_the_report_for_an_issue_is_one_block_and_survives_a_stage_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(bench: Bench) -> Iterator[Row]:
+        yield Row("train", "begun", "images/s", 1.0)
+        raise RuntimeError("no such card\nmore")
+
+    monkeypatch.setitem(STAGES, "train", fails)
+    monkeypatch.setattr(Bench, "seconds", lambda self, work, least=0: 0.01)
+    (tmp_path / "tests.txt").write_text("first\n" * TEST_LINES + "3 passed, 1 failed\n")
+    options = ["--stage", "lrn", "--stage", "train", "--rounds", 1, "--batch", 2, "--cpu"]
+    options += ["--json", tmp_path / "rows.json", "--issue", tmp_path / "tests.txt"]
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    done = CliRunner().invoke(main, [str(photographs), *map(str, options)])
+    assert done.exit_code == 1 and "Error: train failed: RuntimeError: no such card\n" in done.stderr
+    block = done.stdout.partition("copy from here -----\n")[2].partition("----- to here")[0]
+    assert (
+        "| lrn | after conv1" in block and "| train | begun" in block and "3 passed, 1 failed\n```" in block
+    )
+    assert block.count("first\n") == TEST_LINES - 1
+    written = block.partition("```json\n")[2].partition("```")[0]
+    assert json.loads(written) == json.loads((tmp_path / "rows.json").read_text())
+    assert [row["stage"] for row in json.loads(written)["rows"]] == ["lrn", "lrn", "train"]
+
+
+def test_a_gpu_run_shows_both_decoders() -> None:
+    assert [case for case in load_cases(gpu=True) if case[0] == "jpeg"] == [
+        ("jpeg", mean, decoder) for mean in ("pixel", "channel") for decoder in ("mixed", "cpu")
+    ]
+    assert [case[:2] for case in load_cases(gpu=False)] == [
+        ("jpeg", "pixel"),
+        ("jpeg", "channel"),
+        ("raw", "pixel"),
+    ]
 
 
 def measure(

@@ -276,6 +276,9 @@ def test_dropout_without_a_position_is_torchs() -> None:
     assert torch.equal(ours, F.dropout(x))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.10", reason="Inductor of torch 2.9 multiplies torch.arange without wrapping around"
+)
 def test_dropout_under_torch_compile_is_the_same_and_compiled_once() -> None:
     layer = KeyedDropout(0.5, salt=6)
     layer.set_position(KEY, 0)

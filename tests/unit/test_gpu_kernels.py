@@ -6,6 +6,7 @@ The interpreter truncates to bfloat16 where a GPU rounds: float32 and float16 ar
 import importlib.util
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,10 +37,21 @@ def interpreted() -> ModuleType:
 
 
 @pytest.fixture
-def on_the_cpu(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def on_the_cpu(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """LRN and dropout take the interpreted kernels for CPU tensors."""
     monkeypatch.setattr(kernels, "triton_kernels", lambda device: interpreted)
-    return interpreted
+    # Triton 3.5's interpreter leaves its functions in triton.language, after which no kernel compiles
+    language = triton.language
+    places = [language, language.core, language.math, language.tensor, language.dtype]
+    places.append(language.core.tensor_descriptor_base)
+    before = [dict(vars(place)) for place in places]
+    yield interpreted
+    for place, members in zip(places, before, strict=True):
+        for name, member in dict(vars(place)).items():
+            if name not in members:
+                delattr(place, name)
+            elif members[name] is not member:
+                setattr(place, name, members[name])
 
 
 def noise(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:

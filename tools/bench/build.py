@@ -1,4 +1,4 @@
-"""Stage build: the whole command against bare loops and a converter with Pillow."""
+"""Stage build: the whole command, against bare loops and a converter written with Pillow."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.build.images import RejectedError, encode_bgr, prepare_bgr
 from tools.bench.core import Bench, Row, build
+from tools.bench.peer_loaders import square_image
 
 
 def build_rate(source: Path, out: Path, workers: int) -> float:
@@ -23,7 +24,7 @@ def build_rate(source: Path, out: Path, workers: int) -> float:
 
 
 def timed(files: list[Path], work: Callable[[bytes], object]) -> float:
-    """Files that are in memory, one after the other: images a second of this process, on one thread."""
+    """Images per second of `work` on files held in memory, one after the other on one thread."""
     cv2.setNumThreads(1)
     contents = [path.read_bytes() for path in files]
     began = time.perf_counter()
@@ -33,13 +34,13 @@ def timed(files: list[Path], work: Callable[[bytes], object]) -> float:
 
 
 def opencv_loop(files: list[Path]) -> float:
-    """Decode, resize, encode by OpenCV and nothing else."""
+    """Decoding, resizing and encoding with OpenCV."""
 
     def convert(content: bytes) -> None:
         image = cv2.imdecode(
             np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
         )
-        if image is None:  # a build lists it; here it costs its time
+        if image is None:  # a build reports it
             return
         height, width = image.shape[:2]
         side = min(height, width)
@@ -53,7 +54,7 @@ def opencv_loop(files: list[Path]) -> float:
 
 
 def own_loop(files: list[Path]) -> float:
-    """The same by the build's functions: what is left of its work without files, checksums, statistics, LMDB."""
+    """The same with the build's functions: its work without files, checksums, statistics and LMDB."""
 
     def convert(content: bytes) -> None:
         with suppress(RejectedError):
@@ -63,32 +64,23 @@ def own_loop(files: list[Path]) -> float:
 
 
 def pillow_loop(files: list[Path]) -> float:
-    """The converter one writes with Pillow: images a second of this process."""
-    from PIL import Image
-
+    """A converter written with Pillow: images per second of this process."""
     with tempfile.TemporaryDirectory(dir=files[0].parents[2]) as folder:  # the disk that ours writes to
         began = time.perf_counter()
         for path in files:
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-            scale = 256 / min(image.size)
-            image = image.resize(
-                (max(256, round(image.width * scale)), max(256, round(image.height * scale)))
-            )
-            left, top = (image.width - 256) // 2, (image.height - 256) // 2
-            image.crop((left, top, left + 256, top + 256)).save(Path(folder, "pillow.jpg"), quality=90)
+            square_image(path).save(Path(folder, "pillow.jpg"), quality=90)
         return len(files) / (time.perf_counter() - began)
 
 
 def at_once(
     pool: ProcessPoolExecutor, count: int, loop: Callable[[list[Path]], float], files: list[Path]
 ) -> float:
-    """The summed rate of as many loops in as many processes."""
+    """The total rate of `count` loops in as many processes."""
     return sum(pool.map(loop, [files] * count))
 
 
 def bench_build(bench: Bench) -> Iterator[Row]:
-    """The whole command against bare loops and a converter with Pillow, as many of each at once as workers."""
+    """The whole command against loops that only convert, one loop per worker."""
     source, images = bench.repeated(bench.enough), bench.enough * len(bench.files)
     for workers in sorted({1, bench.workers}):
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

@@ -1,4 +1,4 @@
-"""Stages read, load and scale: records out of shards, and batches out of the loader."""
+"""Stages read, load and scale: records from shards, and batches from the loader."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 
 from base.machine import keep_freed_memory
-from pipeline.load.loader import Loader, train_loader
+from pipeline.load.loader import DECODERS, Loader, train_loader
 from pipeline.load.plan import Plan
 from pipeline.preprocess import Preprocess
 from pipeline.shards import ShardReader
@@ -29,7 +30,7 @@ IMAGENET, IMAGENET_21K = 1_281_167, 15_000_000
 
 
 def bench_read(bench: Bench) -> Iterator[Row]:
-    """Random reads of records by one process against copying the same bytes in memory."""
+    """Random reads of records by one process, against copying the same bytes in memory."""
     reader = ShardReader(bench.data / "train")
     order = np.random.default_rng(0).integers(0, len(reader), 20_000).tolist()
     held = [np.array(reader.read(i)[0]) for i in range(len(reader))]
@@ -50,24 +51,25 @@ def bench_read(bench: Bench) -> Iterator[Row]:
     yield Row("read", "random order, one worker", "images/s", mine, limit, "memory copy of the same bytes")
 
 
-def loader(bench: Bench, data: Path, steps: int, mean: str = "pixel", prefetch: int | None = None) -> Loader:
+def loader(bench: Bench, data: Path, steps: int, mean: str = "pixel", **options: Any) -> Loader:
+    """The training loader that train.py would use on this device; `options` are those of `Loader`."""
     reader = ShardReader(data / "train")
     preprocess = Preprocess.load(data / "train", 224, mean)
     gpu = bench.device.type == "cuda"
     plan = Plan(len(reader), min(bench.batch, len(reader)))
     return train_loader(
         reader, plan, preprocess, end_step=steps, device="gpu" if gpu else "cpu",
-        device_id=0 if gpu else None, threads=bench.threads, dtype=bench.dtype, prefetch=prefetch,
+        device_id=0 if gpu else None, threads=bench.threads, dtype=bench.dtype, **options,
     )  # fmt: skip
 
 
-def load_rate(bench: Bench, data: Path, mean: str = "pixel") -> float:
-    """Images a second out of the loader, start-up and the first batches, for which memory is new, left out.
+def load_rate(bench: Bench, data: Path, mean: str = "pixel", decoder: str = "mixed") -> float:
+    """Images per second from the loader, without its start and the first batches, which allocate memory.
 
-    A batch is made ahead: here nothing else wants the cores.
+    One batch is prepared ahead, since nothing else needs the cores here.
     """
     steps, first = max(8, core.LOAD_IMAGES // bench.batch), 8
-    batches = loader(bench, data, first + steps, mean, prefetch=2)
+    batches = loader(bench, data, first + steps, mean, prefetch=2, decoder=decoder)
     for _ in range(first):
         next(batches)
     bench.sync()
@@ -80,8 +82,18 @@ def load_rate(bench: Bench, data: Path, mean: str = "pixel") -> float:
     return rate
 
 
+def load_cases(gpu: bool) -> list[tuple[str, str, str]]:
+    """Encoding of the shards, mean, and the decoder of a GPU run."""
+    jpeg = [
+        ("jpeg", mean, decoder)
+        for mean in ("pixel", "channel")
+        for decoder in (DECODERS if gpu else ("cpu",))
+    ]
+    return [*jpeg, ("raw", "pixel", "none")]
+
+
 def bench_load(bench: Bench) -> Iterator[Row]:
-    """Augmented batches against bare libjpeg-turbo decodes of the same records on as many threads."""
+    """Augmented batches, against only decoding the same records with libjpeg-turbo on as many threads."""
     reader = ShardReader(bench.data / "train")
     records = [np.array(reader.read(i)[0]) for i in range(len(reader))]
     cv2.setNumThreads(1)
@@ -111,25 +123,29 @@ def bench_load(bench: Bench) -> Iterator[Row]:
             images, bench.batch, shuffle=True, num_workers=bench.threads, drop_last=True
         )
         stream = iter(batches)
-        next(stream)  # the workers' start
+        next(stream)  # starts the workers
         began, done = time.perf_counter(), 0
         for _, labels in stream:
             done += len(labels)
         return done / (time.perf_counter() - began)
 
     dtype = str(bench.dtype).removeprefix("torch.")
-    for encoding, mean in (("jpeg", "pixel"), ("jpeg", "channel"), ("raw", "pixel")):
+    gpu = bench.device.type == "cuda"
+    for encoding, mean, decoder in load_cases(gpu):
         data = bench.built(encoding)
-        ours, limit, peer = bench.rates(partial(load_rate, bench, data, mean), bare, torchvision_loader)
+        ours, limit, peer = bench.rates(
+            partial(load_rate, bench, data, mean, decoder), bare, torchvision_loader
+        )
+        what = f"{encoding} shards to augmented batches, {mean} mean, {dtype}, one ahead"
         yield Row(
-            "load", f"{encoding} shards to augmented batches, {mean} mean, {dtype}, one ahead", "images/s", ours,
+            "load", f"{what}, decoder {decoder}" if gpu else what, "images/s", ours,
             limit, f"bare libjpeg-turbo decode, {bench.threads} threads",
             peer, "torchvision ImageFolder + DataLoader",
         )  # fmt: skip
 
 
 def first_batch(bench: Bench, data: Path) -> tuple[float, int]:
-    """Seconds to a loader's first batch, and the bytes that this process and its readers hold then."""
+    """Seconds until a loader's first batch, and the bytes that this process and its readers then hold."""
     keep_freed_memory()
     began = time.perf_counter()
     next(batches := loader(bench, data, 4))
@@ -139,7 +155,7 @@ def first_batch(bench: Bench, data: Path) -> tuple[float, int]:
 
 
 def bench_scale(bench: Bench) -> Iterator[Row]:
-    """The same rates at 1, 2, 4 and 8 times BUILD_IMAGES; the sampler's start at the size of ImageNet and -21k."""
+    """Rates at 1, 2, 4 and 8 times BUILD_IMAGES; the sampler's start at the sizes of ImageNet and ImageNet-21k."""
     sizes = (1, 2, 4, 8)
     sets = {times: bench.work / f"scaled{times}" for times in sizes}
     builds = {
@@ -148,7 +164,7 @@ def bench_scale(bench: Bench) -> Iterator[Row]:
     begun: dict[int, list[tuple[float, int]]] = {times: [] for times in sizes}
     for _ in range(bench.rounds):
         for times, data in sets.items():
-            # each in a process of its own: memory that is kept would be counted again
+            # each in its own process, since freed memory that is kept would be counted again
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 begun[times].append(pool.submit(first_batch, bench, data).result())
     starts, memory = (
@@ -166,13 +182,9 @@ def bench_scale(bench: Bench) -> Iterator[Row]:
         yield Row("scale", f"load, {size}", "images/s", loads[times], loads[1], "the rate at 1 x")
         yield Row("scale", f"first batch after start, {size}", "s", starts[times], starts[1], "at 1 x")
         yield Row(
-            "scale",
-            f"build's largest process, {size}",
-            "MB",
-            builds[times].peak / 1e6,
-            builds[1].peak / 1e6,
-            "at 1 x",
-        )
+            "scale", f"build's largest process, {size}", "MB",
+            builds[times].peak / 1e6, builds[1].peak / 1e6, "at 1 x",
+        )  # fmt: skip
         yield Row("scale", f"loader's memory, {size}", "MB", memory[times] / 1e6, memory[1] / 1e6, "at 1 x")
         shutil.rmtree(sets[times])
     for count in (IMAGENET, IMAGENET_21K):

@@ -1,8 +1,9 @@
-"""One loader on the images of the stage peers: python peer_loaders.py NAME CONFIG.json, prints one line of JSON.
+"""One loader or writer of the stage peers: python peer_loaders.py {load,write} NAME CONFIG.json.
 
-A script of its own, so that each loader runs in a fresh process and, but for `ours` and `dali`, in an environment
-that need not hold this program. All get the same 256 x 256 JPEGs and give float32 batches (N, 3, crop, crop):
-random crop, random flip, minus the mean, divided by the deviation. Exit code 3: the package is not installed.
+Prints a line of JSON. Being a script, each peer runs in a fresh process and, except `ours` and `dali`, in an
+environment without this program. All loaders read the same 256 x 256 JPEGs and give float32 batches
+(N, 3, crop, crop): random crop, random flip, minus the mean, divided by the deviation. All writers turn the same
+photographs into 256 x 256 JPEGs in their own format. Exit code 3: the package is not installed.
 """
 
 import json
@@ -10,19 +11,19 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 MEAN, STD = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
 NOT_INSTALLED = 3
-Config = dict[str, Any]  # images, shards, out, batch, threads, steps, warm, crop
+Config = dict[str, Any]  # see tools/bench/peers.py
 
 
-def files(config: Config) -> list[tuple[Path, int]]:
-    """(JPEG, label) of the prepared images, in an order of its own for each format's writer."""
-    folders = sorted(p for p in Path(config["images"]).iterdir() if p.is_dir())
+def files(root: str) -> list[tuple[Path, int]]:
+    """(image, label) of the class folders in `root`, shuffled as data sets are before they are written."""
+    folders = sorted(p for p in Path(root).iterdir() if p.is_dir())
     listed = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.iterdir())]
     random.Random(0).shuffle(listed)
     return listed
@@ -57,7 +58,7 @@ def torch_loader(dataset: Any, config: Config, shuffle: bool = True) -> Any:
     )
 
 
-# --- the loaders: each makes its format in config["out"] once, then returns what can be iterated over for an epoch
+# --- loaders: each writes its format to config["out"] once, then returns a function that starts an epoch
 
 
 def ours(config: Config) -> Any:
@@ -79,7 +80,7 @@ def dali(config: Config) -> Any:
     from nvidia import dali
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    fn: Any = dali.fn  # the stubs know neither constants nor a pipeline without a device
+    fn: Any = dali.fn  # DALI's stubs know neither constants nor a pipeline without a device
     types: Any = dali.types
     pipeline_def: Any = dali.pipeline_def
 
@@ -146,7 +147,7 @@ def ffcv(config: Config) -> Any:
         DatasetWriter(str(path), fields, num_workers=config["threads"]).from_indexed_dataset(
             ImageFolder(config["images"])
         )
-    share = config["crop"] ** 2 / 256**2  # of the area: a crop of that size, not resized
+    share = config["crop"] ** 2 / 256**2  # of the area, so that the crop is not resized
     crop = RandomResizedCropRGBImageDecoder((config["crop"],) * 2, scale=(share, share), ratio=(1, 1))
     normal = NormalizeImage(np.array(MEAN), np.array(STD), np.float32)
     image = [crop, RandomHorizontalFlip(), normal, ToTensor(), ToTorchImage()]
@@ -166,7 +167,7 @@ def webdataset(config: Config) -> Any:
     out = Path(config["out"])
     if not (out / "done").exists():
         with wds.ShardWriter(str(out / "images-%05d.tar"), maxcount=1000) as writer:
-            for number, (path, label) in enumerate(files(config)):
+            for number, (path, label) in enumerate(files(config["images"])):
                 writer.write({"__key__": f"{number:08d}", "jpg": path.read_bytes(), "cls": label})
         (out / "done").touch()
     shards = [str(path) for path in sorted(out.glob("*.tar"))]
@@ -189,7 +190,7 @@ def streaming(config: Config) -> Any:
     out = Path(config["out"])
     if not (out / "index.json").exists():
         with MDSWriter(out=str(out), columns={"image": "bytes", "label": "int"}) as writer:
-            for path, label in files(config):
+            for path, label in files(config["images"]):
                 writer.write({"image": path.read_bytes(), "label": label})
     change = transform(config)
 
@@ -214,7 +215,7 @@ def litdata(config: Config) -> Any:
 
     out = Path(config["out"])
     if not (out / "index.json").exists():
-        listed = [(str(path), label) for path, label in files(config)]
+        listed = [(str(path), label) for path, label in files(config["images"])]
         optimize(_as_sample, listed, str(out), num_workers=config["threads"], chunk_bytes="64MB")
     change = transform(config)
 
@@ -233,6 +234,54 @@ LOADERS = {
 }
 
 
+# --- writers: each returns a function that writes the photographs to config["out"]
+
+
+def square_image(path: str | Path) -> Any:
+    """Decodes and resizes with Pillow: the central square at 256 x 256."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    scale = 256 / min(image.size)
+    image = image.resize((max(256, round(image.width * scale)), max(256, round(image.height * scale))))
+    left, top = (image.width - 256) // 2, (image.height - 256) // 2
+    return image.crop((left, top, left + 256, top + 256))
+
+
+def write_ffcv(config: Config) -> Callable[[], object]:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    dataset = ImageFolder(config["photographs"], loader=square_image)
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
+    path = str(Path(config["out"], "images.beton"))
+    return lambda: DatasetWriter(path, fields, num_workers=config["workers"]).from_indexed_dataset(dataset)
+
+
+def _prepared_sample(item: tuple[str, int]) -> dict[str, Any]:
+    import io
+
+    jpeg = io.BytesIO()
+    square_image(item[0]).save(jpeg, "JPEG", quality=90)
+    return {"image": jpeg.getvalue(), "label": item[1]}
+
+
+def write_litdata(config: Config) -> Callable[[], object]:
+    from litdata import optimize
+
+    listed = [(str(path), label) for path, label in files(config["photographs"])]
+    options = {"num_workers": config["workers"], "chunk_bytes": "64MB"}
+    return lambda: optimize(_prepared_sample, listed, config["out"], **options)
+
+
+WRITERS = {"ffcv": write_ffcv, "litdata": write_litdata}
+
+
+# --- measuring
+
+
 def forever(loader: Any) -> Iterator[Any]:
     """Batches, epoch after epoch."""
     epochs = loader()
@@ -246,12 +295,12 @@ def forever(loader: Any) -> Iterator[Any]:
 
 
 def anonymous_memory() -> int:
-    """Bytes that this process and its children hold, pages of mapped files left out."""
+    """Bytes that this process and its children hold, without pages of mapped files."""
     total = 0
     pending = ["self"]
     while pending:
         process = pending.pop()
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # it has ended meanwhile
             for line in Path(f"/proc/{process}/status").read_text().splitlines():
                 if line.startswith(("RssAnon:", "RssShmem:")):
                     total += int(line.split()[1]) * 1024
@@ -260,15 +309,9 @@ def anonymous_memory() -> int:
     return total
 
 
-def main() -> None:
-    name, config = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    began = time.perf_counter()
-    try:
-        loader = LOADERS[name](config)
-    except ImportError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        os._exit(NOT_INSTALLED)
-    prepared = time.perf_counter() - began
+def measure_loader(name: str, config: Config) -> dict[str, float]:
+    """Images per second, seconds until the first batch, and bytes of memory."""
+    loader = LOADERS[name](config)
     began = time.perf_counter()
     batches = forever(loader)
     images = next(batches)[0]
@@ -282,9 +325,27 @@ def main() -> None:
     for _ in range(config["steps"]):
         done += len(next(batches)[0])
     rate = done / (time.perf_counter() - began)
-    result = {"rate": rate, "first_batch": first, "memory": anonymous_memory(), "prepared": prepared}
-    print(json.dumps(result), flush=True)
-    os._exit(0)  # without the farewells of worker processes
+    return {"rate": rate, "first_batch": first, "memory": anonymous_memory()}
+
+
+def measure_writer(name: str, config: Config) -> dict[str, float]:
+    """Images per second, without the import of the package."""
+    write = WRITERS[name](config)
+    began = time.perf_counter()
+    write()
+    return {"rate": len(files(config["photographs"])) / (time.perf_counter() - began)}
+
+
+def main() -> None:
+    what, name, path = sys.argv[1:]
+    measure = {"load": measure_loader, "write": measure_writer}[what]
+    try:
+        result = measure(name, json.loads(Path(path).read_text()))
+    except ImportError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        os._exit(NOT_INSTALLED)
+    print("\n" + json.dumps(result), flush=True)
+    os._exit(0)  # does not wait for worker processes
 
 
 if __name__ == "__main__":
