@@ -50,11 +50,11 @@ $(VENV)/.installed-$(STACK): pyproject.toml constraints.txt constraints-cuda12.t
 demo: install
 	$(BIN)/python tools/demo.py $(if $(DATA),'$(DATA)')
 
-# every function, mostly in this process: a few minutes on two cores
+# tests that run mostly in one process: a few minutes on two cores
 test: install
 	$(BIN)/python -m pytest -q -m 'not slow'
 
-# whole trainings, builds, nodes and faults, in processes of their own
+# trainings, builds, nodes and faults in processes of their own
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
 
@@ -67,7 +67,7 @@ lint: install
 bench: install
 	$(BIN)/python tools/benchmark.py $(if $(DATA),'$(DATA)')
 
-# other loaders beside ours, in an environment of their own; what does not install is named and left out
+# other loaders and writers beside ours, in an environment of their own; names packages that do not install
 bench-peers: install
 	$(PYTHON) -m venv .venv-peers
 	grep -v '^#' tools/bench/peers.txt | while read -r package; do \

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Builds docker/Dockerfile and runs the demo in the image, where there is no Docker: needs root, buildah and, unless
-# BASE names an image, debootstrap (Debian: apt-get install buildah debootstrap). Everything is in a temporary folder,
-# about 15 GB, and goes with it.
+# Builds docker/Dockerfile and runs the demo in the image, without Docker. Needs root, buildah and, unless BASE names an
+# image, debootstrap (Debian: apt-get install buildah debootstrap). Works in a temporary folder of about 15 GB and removes
+# it afterwards.
 #
-#   docker/check.sh          all of the demo
-#   docker/check.sh --fast   it trains for one epoch instead of eight: 7 minutes of processor time in all
+#   docker/check.sh          the whole demo
+#   docker/check.sh --fast   trains for one epoch instead of eight: 7 minutes of processor time in all
 #
-# BASE          the image to build upon (default: a fresh Debian: no GPU, the CPU is what is checked)
+# BASE          the base image (default: a fresh Debian without GPU support, which checks the CPU)
 # SUITE, MIRROR what debootstrap installs (default: bookworm, from debootstrap's own mirror)
-# BUILDAH_ARGS  further arguments of `buildah build`, for instance "--volume /etc/pip.conf:/etc/pip.conf:ro"
-# TMPDIR        where the temporary folder is made
+# BUILDAH_ARGS  more arguments for `buildah build`, for example "--volume /etc/pip.conf:/etc/pip.conf:ro"
+# TMPDIR        the parent of the temporary folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,27 +20,27 @@ case "${1-}" in
   --fast) demo+=(--train-images 1920) ;;
   *) fail "unknown argument $1: use --fast or none" 2 ;;
 esac
-[ "$(id -u)" = 0 ] || fail "needs root, to change root into the image"
+[ "$(id -u)" = 0 ] || fail "needs root to run commands in the image: run it as root"
 command -v buildah >/dev/null || fail "buildah is missing: apt-get install buildah"
 [ -n "${BASE-}" ] || command -v debootstrap >/dev/null ||
   fail "debootstrap is missing: apt-get install debootstrap, or give BASE=<image>"
 
-# chroot and vfs ask nothing of the kernel: they work inside containers and virtual machines too
+# chroot and vfs need no kernel support, so they work inside containers and virtual machines too
 export BUILDAH_ISOLATION=${BUILDAH_ISOLATION-chroot} STORAGE_DRIVER=${STORAGE_DRIVER-vfs}
-# as the kernel spells it in /proc/mounts, where blanks are written otherwise
+# the path as it appears in /proc/mounts, which escapes blanks
 store=$(realpath "$(mktemp --directory --tmpdir alexnet-image-XXXXXX)")
 case $store in
-  *[[:space:]\\]*) rmdir "$store"; fail "blanks in $store: give a TMPDIR without" 2 ;;
+  *[[:space:]\\]*) rmdir "$store"; fail "the temporary folder $store has blanks in its path: set TMPDIR to one without" 2 ;;
 esac
 b() { buildah --root "$store/storage" --runroot "$store/run" "$@"; }
 clean() {
   b rm --all >/dev/null 2>&1 || true
-  # something of the host could still be mounted in there: then nothing is deleted
+  # if something of the host is still mounted there, delete nothing
   if grep -q " $store/" /proc/mounts; then
     awk -v store="$store/" 'index($2, store) == 1 {print $2}' /proc/mounts | sort -r | xargs -r umount || true
   fi
   if grep -q " $store/" /proc/mounts; then
-    echo "docker/check.sh: $store is still mounted and left as it is" >&2
+    echo "docker/check.sh: $store is still mounted: unmount and delete it by hand" >&2
   else
     rm -rf --one-file-system "$store"
   fi
@@ -54,7 +54,7 @@ if [ -z "$base" ]; then
   base=localhost/base
   echo "== a fresh ${SUITE:=bookworm}"
   container=$(b from scratch)
-  # shellcheck disable=SC2086 -- no argument where MIRROR is not set
+  # shellcheck disable=SC2086 -- no argument if MIRROR is not set
   debootstrap --force-check-gpg --variant=minbase "$SUITE" "$(b mount "$container")" ${MIRROR-} \
     >"$store/debootstrap.log" || { tail -3 "$store/debootstrap.log" >&2; fail "debootstrap failed"; }
   b umount "$container" >/dev/null

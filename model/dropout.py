@@ -1,4 +1,4 @@
-"""Dropout whose masks are a function of the place in training, the same for any number of ranks."""
+"""Dropout whose masks depend on the position in training alone, not on the number of ranks."""
 
 from typing import Any
 
@@ -13,14 +13,17 @@ from model.kernels import kernels_for
 class KeyedDropout(nn.Module):
     """Dropout (section 4.2) whose mask is a function of (key, layer, row of the global batch, unit) alone.
 
-    So it is the same on every device and for any split of the global batch over ranks and micro-batches; for a
-    slice of the units see `unit_slice`, for parts of several ranks in one input `parts`. What is kept is scaled
-    by 1 / (1 - p) in training, where the paper halves activations at test time instead: the same network. Until
-    `set_position` is first called, the masks come from torch's own generator.
+    The mask is the same on every device and for any split of the global batch over ranks and micro-batches. Kept
+    units are scaled by 1 / (1 - p) in training; the paper halves activations at test time instead, which is the
+    same network. Until `set_position` is first called, masks come from torch's generator.
 
     Args:
         p: probability of dropping a unit.
-        salt: distinguishes this layer from the others that share a key.
+        salt: distinguishes layers that share a key.
+
+    Attributes:
+        unit_slice: the input is this slice of the units, of several equal slices.
+        parts, stride: the input stacks `parts` row blocks whose global rows are `stride` apart.
     """
 
     position: Tensor
@@ -28,19 +31,19 @@ class KeyedDropout(nn.Module):
     def __init__(self, p: float, salt: int) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ModelError(f"dropout is {p}: it must be at least 0 and below 1")
+            raise ModelError(f"dropout is {p}: use a number of at least 0 and below 1")
         self.p, self.salt, self.keyed = p, salt, False
-        self.unit_slice = 0  # inputs are this one of several equal slices of the units
-        self.parts, self.stride = 1, 0  # inputs are so many parts, one below the other, each so many rows on
-        # (key, first row): a tensor, so that torch.compile sees an input and not a constant to compile anew for.
+        self.unit_slice = 0
+        self.parts, self.stride = 1, 0
+        # (key, first row): a tensor, since torch.compile would recompile for each new Python number
         self.register_buffer("position", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def set_position(self, key: int, first_row: int) -> None:
-        """Sets what the next masks derive from, without waiting for the device.
+        """Sets the position that the next masks derive from, without waiting for the device.
 
         Args:
             key: 0 .. 2**63 - 1, a function of (seed, epoch, step).
-            first_row: the place in the global batch of the first row of the next input.
+            first_row: row of the global batch that the next input begins with.
         """
         self.position[0].fill_(key)
         self.position[1].fill_(first_row)
@@ -51,11 +54,11 @@ class KeyedDropout(nn.Module):
         return self.p, self.salt, self.unit_slice, self.parts, self.stride
 
     def keep(self, rows: int, units: int) -> Tensor:
-        """The mask (rows, units) as booleans."""
+        """The mask (rows, units), boolean: True for units that are kept."""
         return _keep(rows, units, self.position, *self._options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drops units of x (N, ...), of any dtype, in training; the identity in evaluation."""
+        """Drops units of x (N, ...), of any dtype, in training; returns x in evaluation."""
         if not self.training or self.p == 0:
             return x
         if not self.keyed:
@@ -69,14 +72,14 @@ class KeyedDropout(nn.Module):
 
 
 def _keep(rows: int, units: int, position: Tensor, p: float, *options: int) -> Tensor:
-    """`KeyedDropout.keep`: each value is one 32-bit hash compared with p."""
+    """`KeyedDropout.keep`: compares one 32-bit hash per unit with p."""
     salt, unit_slice, parts, stride = options
     first, row = position[1], torch.arange(rows, device=position.device)
     if parts > 1:
         part = rows // parts
         first, row = first % stride, row // part * stride + row % part
     row = first + row
-    # One hash after the other takes in key (both halves), layer and row; another takes in the unit.
+    # Successive hashes mix in both halves of the key, the layer and the row; the last mixes in the unit.
     state = (position[0] & 0xFFFFFFFF) - 2**31
     for entering in (position[0] >> 32, salt, row):
         state = _hash(state.to(torch.int32)) ^ entering
@@ -89,7 +92,7 @@ def _keep(rows: int, units: int, position: Tensor, p: float, *options: int) -> T
 
 def _hash(value: Tensor) -> Tensor:
     """Mixes int32 values in place, each output bit depending on all input bits ("lowbias32" by C. Wellons)."""
-    # The masks clear the copies of the sign that a shift of int32 brings in; products wrap around.
+    # A right shift of int32 copies the sign, which the masks clear. Products wrap around.
     value ^= (value >> 16).bitwise_and_(0xFFFF)
     value *= 0x7FEB352D
     value ^= (value >> 15).bitwise_and_(0x1FFFF)
@@ -104,7 +107,7 @@ def _formula(x: Tensor, position: Tensor, p: float, *options: int) -> Tensor:
     return torch.where(keep, x * (1 / (1 - p)), 0)
 
 
-# --- on a GPU: one kernel in place of 84, no mask is stored, and the gradient takes the same way ----------------
+# --- on a GPU: one kernel instead of 84; no mask is stored, and backward computes it again ------------------------
 
 torch.library.define(
     "alexnet::dropout",
@@ -126,7 +129,7 @@ def _fake(x: Tensor, position: Tensor, *options: Any) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, position, *ctx.options = inputs
-    ctx.save_for_backward(position)  # autograd refuses a gradient once `set_position` has changed it
+    ctx.save_for_backward(position)  # autograd then raises if `set_position` has changed it before backward
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,7 @@
 """Triton kernels for NVIDIA GPUs: LRN forward and backward, and keyed dropout.
 
-Each reads its inputs from memory once, writes its output once and stores nothing else. Imported only where Triton
-is installed (`model.kernels.triton_kernels`).
+Each kernel reads its inputs from memory once, writes its output once and stores nothing else. Import this module
+through `model.kernels`, since Triton is optional.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @triton.jit
 def _place(numel, BLOCK: tl.constexpr):
-    """Where this program's elements begin, their offsets from there, and which of them exist.
+    """The start of this program's elements, their offsets from it, and a mask of those inside the tensor.
 
-    Offsets stay 32-bit, which is several times as fast to divide, for tensors of any size.
+    Offsets are 32-bit for tensors of any size, since 32-bit division is several times faster.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
@@ -27,14 +27,14 @@ def _place(numel, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load(pointer, offset, c, inside, d: tl.constexpr, C: tl.constexpr):
-    """The element d channels further in float32, 0 beyond the first and the last channel."""
+    """The element `d` channels away as float32; 0 outside the channels."""
     there = inside & (c + d >= 0) & (c + d < C)
     return tl.load(pointer + (offset + d), mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _bracket(x_ptr, offset, c, inside, d: tl.constexpr, alpha, k, C: tl.constexpr, HALF: tl.constexpr):
-    """k + alpha * (the sum of squares around the channel d further); neighbours come from the cache."""
+    """k + alpha * the sum of squares around the channel `d` away; neighbours come from the cache."""
     x = _load(x_ptr, offset, c, inside, d, C)
     total = x * x
     for j in tl.static_range(1, HALF + 1):
@@ -77,7 +77,7 @@ def _lrn_backward(
 
 @triton.jit
 def _hash(value):
-    """`model.dropout._hash` of uint32 values, whose shifts bring in zeros."""
+    """`model.dropout._hash` for uint32 values, whose right shifts insert zeros."""
     value ^= value >> 16
     value *= 0x7FEB352D
     value ^= value >> 15
@@ -101,7 +101,7 @@ def _dropout(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`KeyedDropout.keep` step by step, and what it keeps times `scale`."""
+    """Computes the mask of `KeyedDropout.keep` and scales the kept elements."""
     start, offset, inside = _place(numel, BLOCK)
     within = (start % UNITS).to(tl.int32) + offset
     row = start // UNITS + within // UNITS
@@ -123,21 +123,21 @@ def _dropout(
 
 
 def _launch(kernel: Any, block: int, x: Tensor, *arguments: Any) -> None:
-    """`block` elements of x a program, which is 128 threads."""
+    """Launches one program of 128 threads per `block` elements of x."""
     if x.numel():
         with torch.cuda.device_of(x):
             kernel[(triton.cdiv(x.numel(), block),)](x, *arguments, block)
 
 
 def lrn_forward(rows: Tensor, size: int, alpha: float, k: float) -> Tensor:
-    """LRN with beta 0.75 of contiguous (..., C) of one of DTYPES."""
+    """LRN with beta 0.75 over the last dimension of a contiguous tensor of one of DTYPES."""
     y = torch.empty_like(rows)
     _launch(_lrn_forward, 1024, rows, y, rows.numel(), alpha, k, rows.shape[-1], size // 2)
     return y
 
 
 def lrn_backward(rows: Tensor, grad: Tensor, size: int, alpha: float, k: float) -> Tensor:
-    """Its gradient for `grad`, like `rows`."""
+    """The gradient of `lrn_forward`; `grad` has the shape and type of `rows`."""
     out = torch.empty_like(rows)
     _launch(_lrn_backward, 512, rows, grad, out, rows.numel(), alpha, k, rows.shape[-1], size // 2)
     return out
@@ -146,7 +146,7 @@ def lrn_backward(rows: Tensor, grad: Tensor, size: int, alpha: float, k: float) 
 def dropout(
     x: Tensor, position: Tensor, p: float, salt: int, unit_slice: int, parts: int, stride: int
 ) -> Tensor:
-    """`KeyedDropout` of contiguous (rows, ...) of one of DTYPES."""
+    """`KeyedDropout` for a contiguous (rows, ...) tensor of one of DTYPES."""
     y, rows = torch.empty_like(x), max(1, len(x))
     units, part_rows = x.numel() // rows, max(1, rows // parts)
     integers = (round(p * 2**31), salt, unit_slice * units, part_rows, stride)

@@ -1,9 +1,9 @@
-"""Runs train.py's `train` on fake CUDA tensors and notes every operator: what a GPU would be asked to do.
+"""Runs train.py's `train` on fake CUDA tensors and records every operator: what a GPU would be asked to do.
 
-Fake tensors have a shape, a type, a device and strides, but no memory. torch's CPU build takes them with three
-changes: a device guard (fakecuda.cpp); cuDNN as the convolutions' kernel, which torch would ask the device about;
-and `backward`, which hands out gradients as autograd lays them out. The loaders are replaced by memory as DALI
-hands it over. So backward kernels, cuDNN's choices and all timings stay unproven.
+Fake tensors have a shape, a type, a device and strides, but no memory. torch's CPU build accepts them with three
+changes: a device guard (fakecuda.cpp); cuDNN as the backend of convolutions, which torch would ask the device for;
+and a `backward` that gives gradients the layout that autograd gives them. The loaders are replaced by batches with
+DALI's memory layout. So backward kernels, cuDNN's choices and timings are not tested.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from model.parallel.ranks import Ranks
 from model.training.config import Config
 
 ROOT = Path(__file__).parents[1]
-STEPS = 3  # of the traced epoch; the log line is written after the last
+STEPS = 3  # in the traced epoch; the log line is written after the last
 ONE_GPU = Ranks(gpu=True)
-STEADY = "step 1"  # the first may make what the others use, the last waits to log
+STEADY = "step 1"  # the first step may allocate state, the last waits for the log line
 aten = torch.ops.aten
 READS = (aten._local_scalar_dense.default, aten.item.default)
 SIZED_BY_VALUES = ("nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "bincount")
-# views, allocations and questions, which launch nothing
+# views, allocations and queries, which launch no kernel
 FREE = {
     "view",
     "t",
@@ -67,7 +67,7 @@ FREE |= {"profiler::_record_function_enter_new", "profiler::_record_function_exi
 
 @dataclass
 class Call:
-    """An operator and its tensors' results; a reference to a tensor would change what autograd does."""
+    """An operator and its results, without references to tensors, which would change what autograd does."""
 
     phase: str
     name: str
@@ -77,13 +77,11 @@ class Call:
 
 @dataclass
 class Trace:
-    """What one training did."""
+    """The record of one training."""
 
     calls: list[Call] = field(default_factory=list)
     waits: list[tuple[str, str, str]] = field(default_factory=list)  # phase, what makes the host wait, where
-    refused: list[str] = field(
-        default_factory=list
-    )  # lists of the fused optimiser that CUDA's kernel would not take
+    refused: list[str] = field(default_factory=list)  # the fused optimiser's lists that CUDA's kernel rejects
     saved: list[dict[str, Any]] = field(default_factory=list)
 
     def steady(self) -> list[Call]:
@@ -91,7 +89,7 @@ class Trace:
 
 
 class _Recorder(TorchDispatchMode):
-    """Passes operators on to fake tensors; gives numbers to whoever reads a value from the device."""
+    """Runs operators on fake tensors, records them, and returns numbers for reads from the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         if "cuda" in devices and (name in SIZED_BY_VALUES or any(t.dtype == torch.bool for t in masks)):
             self.wait(name)
         crossing = devices | {t.device.type for t in outputs} == {"cpu", "cuda"}
-        # tensors without dimensions on the CPU are arguments of a kernel
+        # CPU tensors without dimensions are passed as kernel arguments
         if crossing and (
             name in ("_to_copy", "copy_") or any(t.device.type == "cpu" and t.dim() for t in inputs)
         ):
@@ -134,7 +132,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _check_fused(self, args: Any) -> None:
-        """What CUDA's kernels for lists ask of their lists (check_fast_path_restrictions in ForeachUtils.h)."""
+        """The requirements of CUDA's list kernels (check_fast_path_restrictions in ForeachUtils.h)."""
         lists = [tensors for tensors in args[:3] if tensors]
         for tensors in zip(*lists, strict=True):
             kinds = {(t.dtype, t.device, t.shape, t.stride()) for t in tensors}
@@ -147,7 +145,7 @@ def _channels_last(t: Tensor) -> bool:
 
 
 def _caller() -> str:
-    """The innermost line of the project that is being run."""
+    """The innermost line of the project on the stack."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -158,7 +156,7 @@ def _caller() -> str:
 
 
 def build_guard(folder: Path) -> ctypes.CDLL:
-    """fakecuda.cpp, built with torch's own headers in some seconds."""
+    """Compiles fakecuda.cpp with torch's headers, which takes seconds."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     compiler = sysconfig.get_config_var("CXX") or "c++"
@@ -177,11 +175,11 @@ def build_guard(folder: Path) -> ctypes.CDLL:
 
 
 class _Enough(Exception):
-    """Ends a training after its steady step."""
+    """Ends training after its steady step."""
 
 
 class _Batches:
-    """A loader: NHWC memory of fake batches, permuted, as DALI's come through dlpack."""
+    """A loader of fake batches: NHWC memory, permuted, as DALI's batches arrive through dlpack."""
 
     def __init__(self, recorder: _Recorder, name: str, sizes: list[int], crop: int, **kind: Any) -> None:
         self.recorder, self.name, self.sizes, self.crop, self.kind = recorder, name, sizes, crop, kind
@@ -208,7 +206,7 @@ class _Batches:
 
 
 def _apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, which would swap tensors' memory: fake ones have none."""
+    """nn.Module._apply without swapping the memory of tensors: fake tensors have none."""
     for child in self.children():
         child._apply(function)
     for name, parameter in self._parameters.items():
@@ -223,7 +221,7 @@ def _apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
 
 @contextmanager
 def fake_gpu(guard: ctypes.CDLL) -> Iterator[_Recorder]:
-    """Inside, "cuda" tensors are fake, and their operators go to the recorder."""
+    """A context in which "cuda" tensors are fake and the recorder sees their operators."""
     recorder, networks = _Recorder(), []
     make = AlexNet.__init__
 
@@ -237,7 +235,7 @@ def fake_gpu(guard: ctypes.CDLL) -> Iterator[_Recorder]:
                 parameter.grad = torch.empty_like(parameter)
 
     def memory_format(input: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
-        """cuDNN's rule: one of the two in channels-last makes the result so."""
+        """cuDNN's rule: the result is channels-last if either tensor is."""
         either = any(_channels_last(t) and t.stride(1) == 1 for t in (input, weight))
         return torch.channels_last if either else torch.contiguous_format
 
@@ -267,7 +265,7 @@ def fake_gpu(guard: ctypes.CDLL) -> Iterator[_Recorder]:
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
     }
     with ExitStack() as stack:
-        guard.install()  # for good: whatever is freed later needs it too
+        guard.install()  # never removed: tensors freed later need it too
         for target, substitute in patches.items():
             stack.enter_context(mock.patch(target, substitute))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -278,10 +276,10 @@ def fake_gpu(guard: ctypes.CDLL) -> Iterator[_Recorder]:
 def trace_training(
     guard: ctypes.CDLL, data: Path, out: Path, *options: object, ranks: Ranks = ONE_GPU
 ) -> Trace:
-    """One epoch of STEPS steps and its validation by `train.train`, with train.py's `options`.
+    """Runs one epoch of STEPS steps and its validation with `train.train` and train.py's `options`.
 
-    Of several `ranks` this is one. Collectives have stand-ins of the same shapes, DDP is left out, and training
-    ends after STEADY.
+    If `ranks` has several ranks, one of them runs: collectives are replaced by operators with results of the same
+    shapes, DDP is left out, and training ends after STEADY.
     """
     given = [
         "--data",
@@ -333,7 +331,7 @@ def trace_training(
 
 
 def _collectives(ranks: int) -> dict[str, Any]:
-    """Stand-ins for what sends between ranks: results of the same shape, type and layout."""
+    """Replacements of the collectives, whose results have the same shape, type and layout."""
     return {
         "model.parallel.layouts._gather_single": lambda x, *_: torch.cat([x] * ranks),
         "model.parallel.layouts._scatter_single": lambda x, *_: x.chunk(ranks)[0].clone(),
@@ -345,6 +343,6 @@ def _collectives(ranks: int) -> dict[str, Any]:
 
 
 def launches(calls: list[Call]) -> int:
-    """About how many kernels a GPU would run for `calls`; backward is not among them."""
+    """About how many kernels a GPU would run for `calls`, which do not include backward."""
     more = {"convolution": 2, "_foreach_lerp_": 2, "_fused_sgd_": 2}
     return sum(more.get(call.name, 1) for call in calls if call.name not in FREE)

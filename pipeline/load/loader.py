@@ -1,7 +1,7 @@
-"""Loader: runs the DALI graph and hands its batches to torch.
+"""Loader: runs the DALI graph and passes its batches to torch.
 
-Output is NHWC, handed over through dlpack and permuted: a channels-last (N, 3, H, W) tensor, no copy. On the CPU
-the graph ends with decoding, and one pass over the pixels does the rest (pipeline/load/views.py).
+The graph's NHWC output is passed through dlpack and permuted to a channels-last (N, 3, H, W) tensor, without a
+copy. On the CPU the graph ends with decoding, and one pass over the pixels does the rest (pipeline/load/views.py).
 """
 
 from __future__ import annotations
@@ -29,23 +29,34 @@ DECODERS = ("mixed", "cpu")
 
 
 def record_bytes(manifest: Manifest) -> int:
-    """What a stored image takes on its way from the reader processes, at most, and on average."""
+    """Bytes of shared memory that an average record takes on its way from a reader process."""
     average = sum(shard["bytes"] for shard in manifest.shards) // max(1, manifest.count)
     return average if manifest.encoding == "raw" else PADDED * average
 
 
 class Loader:
-    """Iterates over (images, labels): (N, 3, crop, crop) of `dtype` channels-last, int64 (N,).
+    """Iterates over (images, labels): channels-last (N, 3, crop, crop) of `dtype`, and int64 (N,), on `device`.
 
-    With `ten_crops` images are (N, 10, 3, crop, crop). `device`: 'cpu', or 'gpu' with its `device_id`. `dtype` is
-    float32, on a GPU also float16, on the CPU bfloat16: what autocast would make of float32, without the trip
-    through memory; any other is made of float32 in the end. `fused` False: DALI's operators on the CPU too.
-    `decoder`, on a GPU: 'mixed' (nvJPEG) or 'cpu' (libjpeg-turbo on the host: the pixels of a CPU run).
-    `workers` processes read the shards; 0 reads in this process. `prefetch` batches are made ahead (2 on a
-    GPU, 1 on the CPU, where the batch is made when it is asked for). Batches are on `device`. Tensors stay valid
-    as long as they are held. A training loader ends at its feed's end_step; an evaluation loader can be
-    iterated over again. Raises DataError that names the shard and key of a record that does not decode, and the
-    same again when asked for more.
+    A training loader ends at its feed's end_step. An evaluation loader can be iterated over again. Tensors stay
+    valid as long as they are held.
+
+    Args:
+        batch: images per batch.
+        device: "cpu", or "gpu" with its `device_id`.
+        threads: decoding threads; by default one per core.
+        workers: processes that read the shards; 0 reads in this process.
+        prefetch: batches in preparation; by default 2 on a GPU, and 1 on the CPU, which prepares a batch when it
+            is asked for.
+        ten_crops: images are (N, 10, 3, crop, crop), the crops of section 4.1.
+        dtype: float16 on a GPU and bfloat16 on the CPU are written directly, as autocast would round them. Other
+            types are converted from float32.
+        fused: False uses DALI's operators on the CPU too.
+        decoder: on a GPU, "mixed" (nvJPEG) or "cpu" (libjpeg-turbo on the host, which gives the pixels of a CPU
+            run).
+
+    Raises:
+        DataError: a record does not decode (the error names shard and key), or the readers failed. Each later call
+            raises it again.
     """
 
     def __init__(
@@ -66,17 +77,16 @@ class Loader:
     ) -> None:
         self.feed = feed
         self.preprocess = preprocess
-        self._iteration = 0  # the batch that DALI gives next
+        self._iteration = 0  # number of the next batch
         self._failed: DataError | None = None
         self._device = device
         self._dtype = dtype
         threads = threads or cpu_threads()
-        # On the CPU, decoding ahead takes cores from under the step that runs on all of them, and each waits
-        # for the other: one after the other is quicker.
+        # On the CPU, decoding ahead competes with the training step, which uses all cores: taking turns is faster.
         depth = prefetch or (2 if device == "gpu" else 1)
         self._cutter: ViewCutter | None = None
         if fused and device == "cpu":
-            # decoding ahead competes for the cores with this pass, which the step waits for: one thread more
+            # decoding ahead competes with this pass, which the caller waits for: use one more thread
             cutting = threads + (depth > 1)
             self._cutter = ViewCutter.of(preprocess.mean, preprocess.crop, dtype, cutting)
         self._ten_views: list[torch.Tensor] | None = None
@@ -100,18 +110,18 @@ class Loader:
             prefetch_queue_depth=depth,
             py_num_workers=max(1, workers),
             py_start_method="spawn",  # fork would copy a process that holds CUDA and OpenMP threads
-            exec_dynamic=True,  # outputs are new buffers, kept as long as torch holds them: no copy
+            exec_dynamic=True,  # each output is a new buffer that lives while torch holds it: no copy
         )
         others = set(multiprocessing.active_children())
         with light_readers(), warnings.catch_warnings():
-            # ten crops in DALI's own graph need no anchors and flips
+            # ten crops in DALI's own graph do not use anchors, flips and shifts
             warnings.filterwarnings("ignore", message=".*outputs at the indices.*are not used")
             try:
                 self._pipe.build()
-            except OSError as error:  # of the queues, when shared memory is full to the last byte
+            except OSError as error:  # raised by the queues if shared memory is full
                 raise DataError(
-                    f"processes that read shards cannot be started ({error.strerror}): docker run --shm-size 1g, "
-                    "or --workers 0"
+                    f"processes that read shards cannot be started ({error.strerror}): use docker run "
+                    "--shm-size 1g, or --workers 0"
                 ) from None
             except RuntimeError as error:
                 if "Workers initialization failed" not in str(error):
@@ -123,13 +133,13 @@ class Loader:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._failed:  # DALI may be a batch further now, or not
+        if self._failed:  # it is unknown which batch DALI would give next
             raise self._failed
         try:
             with self._watch.inside():
                 stream = [torch.cuda.current_stream()] if self._device == "gpu" else []
                 outputs = self._pipe.run(*stream)
-            # one tensor a batch: DALI refuses records that are not all of one size
+            # one tensor per batch: DALI raises if records differ in size
             images, labels, *shapes = (torch.from_dlpack(output.as_tensor()) for output in outputs)
             if self._cutter:
                 images = self._cut(self._cutter, images)
@@ -145,14 +155,14 @@ class Loader:
         except DataError as error:
             self._failed = error
             raise
-        except Exception as error:  # DALI raises bare ones for what fails in a reader process
+        except Exception as error:  # DALI raises plain Exceptions for failures in a reader process
             self._failed = self._explain(error)
             raise self._failed from error
         self._iteration += 1
         return images.movedim(-1, -3).to(self._dtype), labels
 
     def _cut(self, cutter: ViewCutter, images: torch.Tensor) -> torch.Tensor:
-        """The views of whole images: one each as the feed says, or ten."""
+        """The views of whole images: one per image as the feed says, or ten."""
         if self._ten_views is None:
             return cutter(images, *map(torch.from_numpy, self.feed.views(self._iteration)))
         anchors, flips = self._ten_views
@@ -161,7 +171,7 @@ class Loader:
         return ten.unflatten(0, (count, 10))
 
     def _explain(self, error: Exception) -> DataError:
-        """Which record broke the batch: DALI's message names none."""
+        """Finds the record that broke the batch, which DALI's message does not name."""
         reader = self.feed.reader
         size = reader.manifest.size
         for index in map(int, self.feed.samples(self._iteration)):
@@ -176,7 +186,7 @@ class Loader:
                     f"shard {shard}, key {key.decode()}: the record does not decode to {size}x{size} RGB; "
                     "run tools/verify_lmdb.py, then build the data set again"
                 )
-        # the last line that says something: before it come tracebacks, after it DALI's advice
+        # the last line that names an error: tracebacks precede it, DALI's advice follows it
         lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines()]
         causes = [line for line in lines if "Error" in line and not line.startswith("Critical error")]
         return DataError(f"the loader failed: {(causes or lines)[-1]}")
@@ -214,7 +224,7 @@ def eval_loader(
     world_size: int = 1,
     **options: Any,
 ) -> Loader:
-    """One rank's share of a whole set, every image once, centre crop (or ten crops); last batch may be smaller."""
+    """One rank's share of a set: every image once, centre crop or ten crops. The last batch may be smaller."""
     feed = EvalFeed(reader, batch, preprocess.size, preprocess.crop, rank, world_size)
     return Loader(feed, preprocess, batch, **options)
 
@@ -222,10 +232,10 @@ def eval_loader(
 def time_decoders(
     reader: ShardReader, preprocess: Preprocess, batch: int, *, batches: int = 8, **options: Any
 ) -> list[float]:
-    """For --decoder auto: images/s of this rank with each of DECODERS, without a training beside them.
+    """For --decoder auto: images per second of this rank with each of DECODERS, while nothing is trained.
 
-    Times `batches` batches after a first one. Zeros where nothing is to be decoded or the rank has too few images
-    to tell.
+    Times `batches` batches after a first one. Returns zeros if records need no decoding or the rank has too few
+    images.
 
     Args:
         options: of `eval_loader`, with device "gpu".

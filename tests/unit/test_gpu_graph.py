@@ -63,7 +63,7 @@ def test_crops_of_any_size_equal_the_kernels(crop: int, dataset: Path) -> None:
 
 
 def test_raw_records_travel_as_one_array(class_folders: Path, tmp_path: Path) -> None:
-    """So DALI copies them to the GPU at once."""
+    """Then DALI copies a batch to the GPU in one go."""
     build_split(open_source(class_folders / "val", "val"), tmp_path, Options(256, "raw", None), workers=1)
     reader = ShardReader(tmp_path / "val")
     records, labels = EvalFeed(reader, 5, 256, 224, 0, 1).records(type("Info", (), {"iteration": 1}))
@@ -80,7 +80,7 @@ def test_the_faster_decoder_is_chosen(
     clock, closed = [0.0], []
 
     class Batches:
-        """Loaders that take `mixed` and `cpu` seconds a batch."""
+        """A loader that takes `mixed` or `cpu` seconds per batch."""
 
         def __init__(self, decoder: str) -> None:
             self.decoder = decoder
@@ -103,6 +103,6 @@ def test_the_faster_decoder_is_chosen(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     reader, preprocess = ShardReader(dataset / "train"), Preprocess.load(dataset / "train")
     rates = time_decoders(reader, preprocess, 48, batches=4)
-    # a loader may be asked for one batch more than is counted
+    # one more batch may be taken from a loader than is counted
     assert DECODERS[rates.index(max(rates))] == expected and closed == ["mixed", "cpu"]
     assert time_decoders(reader, preprocess, 49, batches=4) == [0, 0]  # too few images to tell

@@ -1,6 +1,6 @@
 """The Triton kernels without a GPU: their results in Triton's interpreter, and their machine code for each card.
 
-The interpreter truncates to bfloat16 where a GPU rounds: float32 and float16 are judged here.
+The interpreter truncates to bfloat16, which GPUs round to, so results are tested in float32 and float16.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ triton = pytest.importorskip("triton", reason="needs Triton: pip install -c cons
 
 @pytest.fixture(scope="module")
 def interpreted() -> ModuleType:
-    """model.triton_kernels for CPU tensors: Triton looks at this setting where a kernel is defined."""
+    """model.triton_kernels for CPU tensors: Triton reads this setting when a kernel is defined."""
     spec = importlib.util.find_spec("model.triton_kernels")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +58,7 @@ def noise(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
     return spread * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# Of 11 significant bits: rounding the exact result once is off by 2**-11 at most.
+# float16 has 11 significant bits: rounding once changes a result by at most 2**-11 of it
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float16, 2**-11)])
 @pytest.mark.parametrize(("channels", "size"), [(1, 5), (2, 5), (3, 5), (5, 3), (16, 1), (96, 5), (260, 5)])
 def test_lrn_is_the_formula(
@@ -158,7 +158,7 @@ def test_where_the_kernels_do_not_run_a_gpu_uses_the_formulas_with_a_warning(
     assert kernels.triton_kernels.__wrapped__(torch.device("cpu")) is None
 
 
-# --- machine code, as ptxas makes it without a GPU ---------------------------------------------------------------
+# --- machine code, which ptxas makes without a GPU ---------------------------------------------------------------
 
 CARDS = {75: "*fp16", 80: "*bf16", 86: "*bf16", 90: "*bf16", 100: "*bf16", 120: "*bf16"}
 ALIGNED = [["tt.divisibility", 16]]
@@ -200,9 +200,9 @@ def test_kernels_compile_for_every_card_without_spills(
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(backend).parent / "bin/cuobjdump"
-    told = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    use = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    use = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     assert use["STACK"] == use["LOCAL"] == 0
-    assert use["REG"] <= 80  # 24 warps or more on a multiprocessor of 65,536 registers
-    width = {"_lrn_backward": "v2"}.get(name, "v4")  # of 4 and 8 halves a thread: 8 and 16 bytes at once
+    assert use["REG"] <= 80  # at least 24 warps on a multiprocessor with 65,536 registers
+    width = {"_lrn_backward": "v2"}.get(name, "v4")  # 4 or 8 halves per thread: stores of 8 or 16 bytes
     assert re.search(rf"st\.global\.\S*{width}\.b32", compiled.asm["ptx"])

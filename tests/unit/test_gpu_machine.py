@@ -1,4 +1,4 @@
-"""A driver, a card or a number of ranks that torch cannot use is named in one line, before anything starts."""
+"""A driver, a card or a number of ranks that torch cannot use is reported in one line before anything starts."""
 
 import warnings
 from pathlib import Path
@@ -19,7 +19,7 @@ ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
 @pytest.fixture(autouse=True)
 def two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two cards of sm_89 that work."""
+    """Two working sm_89 cards."""
     (tmp_path / "version").write_text("570.86.15\n")
     monkeypatch.setattr(ranks, "DRIVER_VERSION", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

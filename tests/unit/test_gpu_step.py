@@ -1,4 +1,4 @@
-"""What a training asks of a GPU, seen on fake CUDA tensors: nothing waits, nothing changes layout or type."""
+"""What training asks of a GPU, on fake CUDA tensors: the host never waits, layouts and types stay."""
 
 import ctypes
 from pathlib import Path
@@ -61,17 +61,17 @@ def test_a_steady_step(
     assert products == [wanted] * 8 * parts
     # CUDA's kernel takes the lists of the fused optimiser
     assert trace.refused == [] and sum(call.name == "_fused_sgd_" for call in steady) == 2
-    # forward and update; the masks of dropout alone were 168 launches once
+    # forward and update
     assert sum(call.name == "alexnet::dropout" for call in steady) == 2 * parts
     assert fakecuda.launches(steady) <= 90 * parts + 40 * ("lars" in more)
     devices = {tensor.device.type for tensor in trace.saved[0]["model"].values()}
-    assert len(trace.saved) == 1 and devices == {"cuda"}  # `checkpoint.save` brings them to the CPU
+    assert len(trace.saved) == 1 and devices == {"cuda"}  # `checkpoint.save` moves them to the CPU
 
 
 def test_the_trace_shows_faults(
     guard: ctypes.CDLL, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three faults planted: a copy from the host, a read in each step, a layer that loses the memory format."""
+    """Plants three faults: a copy from the host, a read in each step, a layer that loses the memory format."""
     forward, loss = LRN.forward, step.cross_entropy
 
     def copies(self: KeyedDropout, key: int, first_row: int) -> None:
@@ -100,7 +100,7 @@ def test_the_trace_shows_faults(
         ("data", "paper", 1),
         ("hybrid", "paper", 0),
         ("hybrid", "owt", 1),
-        ("towers", "paper", 1),
+        ("towers", "paper", 1),  # bn with towers passes alone, but breaks the heap: a later case then crashes
     ],
 )
 def test_a_steady_step_of_one_of_two_ranks(

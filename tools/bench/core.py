@@ -1,6 +1,6 @@
-"""What the stages of the benchmark share: photographs, built shards, timing and the table.
+"""What the stages of the benchmark share: photographs, shards, timing and the table.
 
-Each figure is a ratio of rates taken in turns in one run, so that it holds on a noisy machine too.
+Rates that are compared are measured in turns within one run, so that their ratio holds on a noisy machine.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from model.training.precision import amp_dtype, input_dtype
 from pipeline.shards import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD_IMAGES = 16_000  # at least, where a build is timed: its start then counts for little, as with ImageNet
-LOAD_IMAGES = 12_000  # about so many, where a loader or decoding is timed
+BUILD_IMAGES = 16_000  # least number of images in a timed build, so that its start counts for little
+LOAD_IMAGES = 12_000  # about the number of images in a timed run of a loader or decoder
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass
 class Bench:
-    """What the stages share: photographs, a folder to build in, the device, how often to measure."""
+    """The settings of a run: photographs, a folder to build in, the device, the number of turns."""
 
     photographs: Path
     work: Path
@@ -69,11 +69,11 @@ class Bench:
 
     @property
     def enough(self) -> int:
-        """How many times the photographs are BUILD_IMAGES."""
+        """How often the photographs must be repeated to give BUILD_IMAGES."""
         return math.ceil(BUILD_IMAGES / len(self.files))
 
     def repeated(self, times: int) -> Path:
-        """A folder with every training photograph `times` times: symbolic links, as hard ones are limited."""
+        """A folder with `times` symbolic links to each training photograph; the number of hard links is limited."""
         folder = self.work / f"times{times}"
         for file in self.files if not folder.exists() else ():
             (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
@@ -98,16 +98,16 @@ class Bench:
 
     @property
     def amp(self) -> torch.dtype | None:
-        """The autocast type that train.py would choose on this device."""
+        """The autocast type that train.py chooses on this device."""
         return amp_dtype("auto", self.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the images that train.py would ask for on this device."""
+        """The type of the images that train.py asks for on this device."""
         return input_dtype(self.amp, self.device)
 
     def rates(self, *contestants: Callable[[], float]) -> list[float]:
-        """The median rate of each, run in turns; a contestant returns how many items a second it did."""
+        """The median rate of each contestant, run in turns; each returns items per second."""
         taken: list[list[float]] = [[] for _ in contestants]
         for _ in range(self.rounds):
             for rates, contestant in zip(taken, contestants, strict=True):
@@ -115,7 +115,7 @@ class Bench:
         return [statistics.median(rates) for rates in taken]
 
     def seconds(self, work: Callable[[], object], least: float = 0.5) -> float:
-        """Seconds one call takes, warm, over at least `least` seconds; CUDA events on a GPU."""
+        """Seconds per call after a first call, over at least `least` seconds; uses CUDA events on a GPU."""
         work()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -140,8 +140,8 @@ class Bench:
 
 
 class Built(NamedTuple):
-    rate: float  # images a second of the whole process, start-up and manifest included
-    peak: float  # bytes, of its largest process
+    rate: float  # images per second of the whole process, including start-up and manifest
+    peak: float  # bytes of its largest process
 
 
 def build(source: Path, out: Path, workers: int, encoding: str = "jpeg") -> Built:
@@ -161,7 +161,7 @@ def build(source: Path, out: Path, workers: int, encoding: str = "jpeg") -> Buil
 
 
 def table(rows: list[Row]) -> str:
-    """The table for people, Markdown."""
+    """A Markdown table of `rows`."""
     lines = [
         "| stage | what | ours | limit | ours / limit | peer | ours / peer |",
         "|---|---|--:|--:|--:|--:|--:|",

@@ -47,8 +47,8 @@ def bench_read(bench: Bench) -> Iterator[Row]:
             held[index].copy()
         return len(order) / (time.perf_counter() - began)
 
-    mine, limit = bench.rates(ours, copy)
-    yield Row("read", "random order, one worker", "images/s", mine, limit, "memory copy of the same bytes")
+    rate, limit = bench.rates(ours, copy)
+    yield Row("read", "random order, one worker", "images/s", rate, limit, "memory copy of the same bytes")
 
 
 def loader(bench: Bench, data: Path, steps: int, mean: str = "pixel", **options: Any) -> Loader:

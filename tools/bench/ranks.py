@@ -1,4 +1,4 @@
-"""Stage ranks: the layouts on several ranks beside data parallelism."""
+"""Stage ranks: the layouts on several ranks, compared with data parallelism."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ LAYOUT_CASES = [
 
 
 def sent(kind: str, compress: bool, ranks: int, batch: int, width: int) -> float:
-    """Bytes that each rank sends a step, by its collectives: the paper's network on 224 pixels, 1000 classes.
+    """Bytes that each rank sends per step: the paper's network with 224 pixels and 1000 classes.
 
-    What is gathered on the way forward is reduced on the way back: each rank sends (ranks - 1) / ranks of the whole
-    twice, and of an averaged gradient as well. `width`: bytes of an activation.
+    Tensors that are gathered in forward are reduced in backward, so each rank sends (ranks - 1) / ranks of the
+    whole twice; the same holds for an averaged gradient. `width`: bytes of an activation.
     """
     convolutions, connected, features, hidden, classes = 2_334_080, 58_631_144, 256 * 6 * 6, 4096, 1000
     if kind == "data":
@@ -43,7 +43,7 @@ def sent(kind: str, compress: bool, ranks: int, batch: int, width: int) -> float
 
 
 def time_layouts(ranks: Ranks, config: dict[str, Any]) -> None:
-    """One rank's steps of each layout in turns, on one held batch; the first rank writes the seconds of each."""
+    """Times one rank's steps of each layout in turns on one batch; the first rank writes the seconds of each."""
     batch = config["batch"]
     images, labels = held_batch(batch, ranks.device)
 
@@ -58,23 +58,23 @@ def time_layouts(ranks: Ranks, config: dict[str, Any]) -> None:
     taken: list[list[float]] = [[] for _ in steps]
     for turn in range(config["rounds"] + 1):
         for times, step in zip(taken, steps, strict=True):
-            ranks.any(False)  # all begin together and, the device done, end together
+            ranks.any(False)  # waits for all ranks and devices
             began = time.perf_counter()
             for _ in range(config["steps"]):
                 step()
             ranks.any(False)
-            if turn:  # the first is for warming up
+            if turn:  # the first turn is a warm-up
                 times.append((time.perf_counter() - began) / config["steps"])
     if ranks.first:
         config["out"].write_text(json.dumps([statistics.median(times) for times in taken]))
 
 
 def bench_ranks(bench: Bench) -> Iterator[Row]:
-    """The layouts on all GPUs, or on two CPU ranks over the loopback, beside data parallelism."""
+    """The layouts on all GPUs, or on two CPU ranks over the loopback."""
     gpu = bench.device.type == "cuda"
     ranks, width = (torch.cuda.device_count() if gpu else 2), 2 if bench.amp else 4
     if ranks == 1:
-        tqdm.write("ranks: left out, there is one GPU; measure on the CPU with --cpu")
+        tqdm.write("ranks is left out: there is one GPU; use --cpu to measure on the CPU")
         return
     batch, out = max(1, bench.batch // ranks) * ranks, bench.work / "ranks.json"
     config = {"batch": batch, "rounds": bench.rounds, "steps": 20 if gpu else 2, "out": out}
@@ -82,5 +82,5 @@ def bench_ranks(bench: Bench) -> Iterator[Row]:
     seconds = json.loads(out.read_text())
     for (name, kind, compress), took in zip(LAYOUT_CASES, seconds, strict=False):
         megabytes = sent(kind, compress, ranks, batch, width) / 1e6
-        what = f"{name}, {ranks} ranks, batch {batch}: {took * 1e3:,.0f} ms, each sends {megabytes:.1f} MB a step"
+        what = f"{name}, {ranks} ranks, batch {batch}: {took * 1e3:,.0f} ms, each sends {megabytes:.1f} MB per step"
         yield Row("ranks", what, "images/s", batch / took, peer=batch / seconds[0], peer_is="data")

@@ -4,13 +4,14 @@ from types import ModuleType
 
 import torch
 
-_SCHEMAS: list[torch.library.Library] = []  # torch forgets a schema when its Library object goes
+_SCHEMAS: list[torch.library.Library] = []  # torch drops a schema when its Library object is deleted
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also where its compiled operators do not load (a CUDA build of it beside a CPU build of torch).
+    """Imports torchvision even if its compiled operators do not load (its CUDA build with a CPU build of torch).
 
-    There the import stops at operators without a schema. Its networks use none of them: bare schemas will do.
+    The import then fails at operators that have no schema. The networks use none of them, so defining schemas is
+    enough.
     """
     try:
         import torchvision

@@ -1,4 +1,4 @@
-"""Stages lrn, step and train: the network, alone and fed from shards."""
+"""Stages lrn, step and train: the network by itself, and trained from shards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tools.bench.reference import import_torchvision
 
 
 def bench_lrn(bench: Bench) -> Iterator[Row]:
-    """Forward and backward of both layers against one read and one write of each tensor they must touch."""
+    """Forward and backward of both layers, against reading or writing each tensor once."""
     dtype = bench.amp or torch.float32
     for name, shape in (("conv1", (96, 55, 55)), ("conv2", (256, 27, 27))):
         x = torch.randn(bench.batch, *shape, device=bench.device, dtype=dtype)
@@ -58,7 +58,7 @@ def bench_lrn(bench: Bench) -> Iterator[Row]:
         ours, limit, peer = bench.rates(
             partial(run, LRN()),
             touch,
-            # in float32, to which autocast brings it: on the CPU it knows no bfloat16
+            # in float32, as under autocast: on the CPU it does not support bfloat16
             partial(run, lambda t: F.local_response_norm(t.float(), 5, 5e-4, 0.75, 2.0).to(t.dtype)),
         )
         yield Row(
@@ -68,10 +68,11 @@ def bench_lrn(bench: Bench) -> Iterator[Row]:
 
 
 def started(ranks: Ranks, batch: int, **options: Any) -> TrainState:
-    """A training of the paper's network on a thousand classes that is ready for `train_step`.
+    """The state of a training of the paper's network on 1000 classes, ready for `train_step`.
 
     Args:
-        ranks: this process's place; batch: the global batch; options: fields of Config.
+        batch: the global batch.
+        options: fields of Config.
     """
     config = Config(global_batch=batch, **options)
     config.fill(images := 1_281_167)
@@ -88,7 +89,7 @@ def step_rate(bench: Bench, step: Callable[[], None]) -> float:
 
 
 class PeerStep:
-    """Another network's step with what ours has: channels-last, autocast, fused SGD."""
+    """The training step of another network with channels-last memory, autocast and fused SGD, as in ours."""
 
     def __init__(self, bench: Bench, network: torch.nn.Module) -> None:
         self.bench, self.amp = bench, bench.amp
@@ -111,9 +112,10 @@ def held_batch(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
 
 
 def flops(network: torch.nn.Module, images: torch.Tensor) -> float:
-    """Of forward and backward an image: multiplications and additions of convolutions and matrix products.
+    """Multiplications and additions per image of convolutions and matrix products, forward and backward.
 
-    Backward takes twice the forward's, for the gradients of weights and inputs; the first layer needs no latter.
+    Backward takes twice as many as forward, for the gradients of weights and of inputs. The first layer needs no
+    gradient of its input.
     """
     counts: list[int] = []
 
@@ -130,16 +132,16 @@ def flops(network: torch.nn.Module, images: torch.Tensor) -> float:
 
 
 def gemm_rate(bench: Bench, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square matrix product."""
+    """Floating-point operations per second of a large square matrix product."""
     n = 8192 if bench.device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
     return 2 * n**3 / bench.seconds(lambda: a @ b, least=1.0)
 
 
 def reference_rate(device: torch.device, amp: torch.dtype | None, batch: int, least: float) -> float:
-    """torchvision's alexnet, stepped as its references/classification/train.py does, in a process of its own.
+    """The rate of torchvision's alexnet with the step of its references/classification/train.py.
 
-    That is: layout, optimiser and memory as torch has them by default; with autocast, which it has for GPUs.
+    That is torch's default memory format and optimiser, with autocast. Runs in its own process.
     """
     network = import_torchvision().models.alexnet().to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -157,7 +159,7 @@ def reference_rate(device: torch.device, amp: torch.dtype | None, batch: int, le
 
 
 def bench_step(bench: Bench) -> Iterator[Row]:
-    """The paper's step against the matrix-product rate; without LRN; and torchvision's alexnet."""
+    """The paper's step against the matrix-product rate, the same step without LRN, and torchvision's alexnet."""
     images, labels = held_batch(bench.batch, bench.device)
     work = flops(AlexNet(), images.float().cpu())
     ranks = Ranks(gpu=bench.device.type == "cuda")
@@ -170,28 +172,30 @@ def bench_step(bench: Bench) -> Iterator[Row]:
             return pool.submit(reference_rate, bench.device, ours.amp, bench.batch, least).result()
 
         script(0)  # starts the process
-        mine, without, gemm, theirs, scripts = bench.rates(
+        rate, without, gemm, peer_rate, script_rate = bench.rates(
             lambda: step_rate(bench, lambda: train_step(ours, images, labels)),
             lambda: step_rate(bench, lambda: train_step(plain, images, labels)),
             lambda: gemm_rate(bench, dtype) / work,
-            lambda: step_rate(bench, lambda: peer(images.float(), labels)),  # as its loader gives them
+            lambda: step_rate(
+                bench, lambda: peer(images.float(), labels)
+            ),  # as torchvision's loader gives them
             script,
         )
     kind = str(dtype).removeprefix("torch.")
     yield Row(
-        "step", f"paper network, batch {bench.batch}, {kind}", "images/s", mine,
-        gemm, f"{work / 1e9:.2f} GFLOP an image at the {kind} matrix-product rate",
-        scripts, "torchvision alexnet as its script steps it",
+        "step", f"paper network, batch {bench.batch}, {kind}", "images/s", rate,
+        gemm, f"{work / 1e9:.2f} GFLOP per image at the {kind} matrix-product rate",
+        script_rate, "torchvision alexnet, its reference script's step",
     )  # fmt: skip
     yield Row(
-        "step", "against torchvision's network in our step", "images/s", mine,
-        peer=theirs, peer_is="torchvision alexnet, channels-last, fused SGD, memory kept",
+        "step", "against torchvision's network in our step", "images/s", rate,
+        peer=peer_rate, peer_is="torchvision alexnet, channels-last, fused SGD, memory kept",
     )  # fmt: skip
-    yield Row("step", "with LRN against without", "images/s", mine, without, "the same network without LRN")
+    yield Row("step", "with LRN against without", "images/s", rate, without, "the same network without LRN")
 
 
 def bench_train(bench: Bench) -> Iterator[Row]:
-    """Training from shards against training on one batch held in memory."""
+    """Training from shards, against training on one batch held in memory."""
     state = started(Ranks(gpu=bench.device.type == "cuda"), bench.batch)
     step = partial(train_step, state)
     images, labels = held_batch(bench.batch, bench.device)
