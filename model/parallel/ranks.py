@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
@@ -182,10 +183,14 @@ def distribute(
     if ranks.world_size == 1:
         return model
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(but))
+    # every rank derives its own buffers (dropout position); the CUDA 12 pins' torch knows only the older name
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    own_buffers: dict[str, Any] = {buffers: False}
     parallel = DistributedDataParallel(
         model,
         device_ids=[ranks.local_rank] if ranks.gpu else None,
-        forward_sync_buffers=False,  # every rank derives its own (dropout position)
+        **own_buffers,
         gradient_as_bucket_view=True,
         static_graph=static,
     )
@@ -251,7 +256,7 @@ def _check_driver() -> None:
     raise ModelError(
         f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use driver {driver}: {reason}; CUDA 13 "
         "needs driver 580 or later, CUDA 12 (constraints-cuda12.txt) 525: update the driver, install the other "
-        "torch (docs/gpu.md), or use --gpus 0 for the CPU"
+        "torch (make install STACK=cuda12, docs/gpu.md), or use --gpus 0 for the CPU"
     )
 
 

@@ -179,7 +179,7 @@ def test_on_the_gpu(backend: str, dtype: torch.dtype, tolerance: float) -> None:
     [
         ({"size": 4}, "odd number"),
         ({"size": 0}, "odd number"),
-        ({"k": 0.0}, "above 0"),
+        ({"k": 0.0}, "positive number"),
         ({"backend": "fast"}, "no LRN backend 'fast'"),
         ({"backend": "native", "beta": 0.5}, "beta 0.5"),
         ({"backend": "triton"}, "triton backend needs Triton, .* CUDA tensor"),
