@@ -29,9 +29,9 @@ from model.dropout import KeyedDropout
 from model.lrn import LRN
 from model.parallel.ranks import Ranks, average_buffers, distribute
 
-# torch before 2.13 has them under older names
-_gather_single = getattr(funcol, "all_gather_single", funcol.all_gather_tensor)
-_scatter_single = getattr(funcol, "reduce_scatter_single", funcol.reduce_scatter_tensor)
+# torch before 2.13 has these operators, which autograd differentiates, under older names
+_gather_single = getattr(funcol, "all_gather_single", funcol.all_gather_tensor_autograd)
+_scatter_single = getattr(funcol, "reduce_scatter_single", funcol.reduce_scatter_tensor_autograd)
 LAYOUTS = ("auto", "data", "hybrid", "towers")
 
 
