@@ -23,7 +23,7 @@ import click
 from base.errors import DataError, ModelError
 from base.files import lock, make_directory
 from base.machine import cpu_threads
-from model.training.config import Config, checkpoint_exists, command
+from model.training.config import Config, checkpoint_paths, command
 from pipeline.shards import ShardReader
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def main(config: Config) -> None:
 
 def check_folder(config: Config) -> None:
     """Raises ModelError where --out holds a run and none should be, or the other way round."""
-    exists = checkpoint_exists(config.folder)
+    exists = bool(checkpoint_paths(config.folder))
     if exists and not config.resume:
         raise ModelError(
             f"{config.folder} holds a run already: continue it with --resume, or give another --out"

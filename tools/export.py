@@ -9,9 +9,6 @@ import click
 
 from tools.lib import cli
 
-# of torchvision's own weights, for pixels of 0..1 (https://docs.pytorch.org/vision/stable/models.html)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 @click.command(
     context_settings=cli.CONTEXT,
@@ -40,11 +37,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     "--mean",
     type=float,
     nargs=3,
-    default=IMAGENET_MEAN,
-    help="What those weights expect to be subtracted from pixels in 0..1.",
+    default=None,
+    show_default="torchvision's, of ImageNet",
+    help="Mean for each channel that those weights expect to be subtracted from pixels in 0..1.",
 )
 @cli.option(
-    "--std", type=float, nargs=3, default=IMAGENET_STD, help="What they expect the difference divided by."
+    "--std",
+    type=float,
+    nargs=3,
+    default=None,
+    show_default="torchvision's, of ImageNet",
+    help="Standard deviation for each channel that they expect the difference to be divided by.",
 )
 def main(
     run: Path | None,
@@ -55,8 +58,8 @@ def main(
     out_path: Path | None,
     data: Path | None,
     names: Path | None,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
 ) -> None:
     """Write the network of RUN, a folder that train.py wrote or a checkpoint, for other programs.
 
@@ -79,8 +82,9 @@ def main(
             raise click.UsageError("the classes come from --data or from --names: give one of them")
         from tools.lib import formats
 
+        normalisation = {name: value for name, value in (("mean", mean), ("std", std)) if value}
         made = formats.from_torchvision(
-            from_torchvision_path, out_path, data=data, names=names, mean=mean, std=std
+            from_torchvision_path, out_path, data=data, names=names, **normalisation
         )
         cli.echo(cli.printable(made))
         return

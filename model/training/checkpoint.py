@@ -25,6 +25,7 @@ from base.files import (
     remove_temporary,
     temporary_path,
 )
+from model.training.config import checkpoint_paths
 from pipeline.preprocess import Preprocess
 
 DIGEST_BYTES = 64  # sha256 in hexadecimal
@@ -114,10 +115,6 @@ class Checkpoints:
     def __init__(self, out: Path, keep: int = 3) -> None:
         self.out, self.keep = out, keep
 
-    def paths(self) -> list[Path]:
-        """All numbered checkpoints, the newest first."""
-        return sorted(self.out.glob("checkpoint-*.pt"), reverse=True)
-
     def save(self, state: dict[str, Any], best: bool = False) -> Path:
         """Write one, drop those past `keep`; `best` makes it OUT/best.pt too (the same file, no copy)."""
         remove_temporary(self.out, OWN_FILES)
@@ -137,8 +134,9 @@ class Checkpoints:
         else:
             save(path, state)
         # a later one was damaged and passed over
-        kept = [p for p in self.paths() if p.name <= path.name][: self.keep]
-        for other in set(self.paths()) - set(kept):
+        paths = checkpoint_paths(self.out)
+        kept = [p for p in paths if p.name <= path.name][: self.keep]
+        for other in set(paths) - set(kept):
             other.unlink()
         return path
 
@@ -149,7 +147,7 @@ class Checkpoints:
 
         `fall_back`: use the one before a damaged one, and call `say` with a line about it.
         """
-        paths = self.paths()
+        paths = checkpoint_paths(self.out)
         if not paths:
             raise ModelError(f"{self.out} holds no checkpoint to resume from: start without --resume")
         for path in paths:
@@ -173,7 +171,7 @@ def find(run: Path) -> Path:
     if not run.is_dir():
         raise ModelError(f"there is no run at {run}: give the folder that train.py wrote, or a .pt file")
     best = run / "best.pt"
-    candidates = [best] if best.exists() else Checkpoints(run).paths()
+    candidates = [best] if best.exists() else checkpoint_paths(run)
     if not candidates:
         raise ModelError(f"{run} holds no checkpoint (*.pt)")
     return candidates[0]

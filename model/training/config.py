@@ -421,6 +421,11 @@ class Config:
         write_atomic(self.folder / "config.json", (json.dumps(self.as_json(), indent=2) + "\n").encode())
 
 
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """The numbered checkpoints in a run's folder, newest first."""
+    return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+
+
 # --- the command line ----------------------------------------------------------------------------------------
 
 MAX_CONFIG_BYTES = 1 << 20  # of a config.json
@@ -514,20 +519,16 @@ def command(work: Callable[[Config], None]) -> click.Command:
     return cloup.command(context_settings=settings)(main)
 
 
-def checkpoint_exists(out: Path) -> bool:
-    return any(out.glob("checkpoint-*.pt"))
-
-
 def _resume(config: Config) -> None:
     """Take over the run's own options; those given now may only change what is resumable."""
     context = click.get_current_context()
     if config.auto_resume and not config.resume:
-        config.resume = checkpoint_exists(config.folder)
+        config.resume = bool(checkpoint_paths(config.folder))
         if not config.resume:
             return
     path = config.folder / "config.json"
     if not path.exists():
-        if checkpoint_exists(config.folder):
+        if checkpoint_paths(config.folder):
             raise ModelError(f"{path} is missing: restore it, or begin again with another --out")
         return  # there is no run: main reports it
     saved = {**vars(Config()), **_read(path, context.command)}

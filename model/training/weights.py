@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,11 @@ class Weights:
         return f"{len(layers)} layers from {self.path}" + (f", {', '.join(anew)} anew" if anew else "")
 
 
+@lru_cache(
+    maxsize=1
+)  # train.py checks the weights before it starts, and a rank in the same process takes them
 def load_weights(path: Path) -> Weights:
-    """Read weights; raises ModelError in one line where `path` holds none that an AlexNet can take.
+    """Read weights; raises ModelError if `path` holds none that fit an AlexNet.
 
     Args:
         path: a run's folder (its best checkpoint), a checkpoint of train.py, a state dict of torchvision's alexnet
@@ -88,15 +93,26 @@ def load_weights(path: Path) -> Weights:
             return Weights(path, *network, about["mean_mode"], about["crop"])
         except (KeyError, TypeError, ValueError):
             raise ModelError(f"{path} is not a checkpoint of train.py: give another --weights") from None
+    return load_torchvision(path)
+
+
+def load_torchvision(path: Path, std: Sequence[float] = IMAGENET_STD) -> Weights:
+    """Read a state dict of torchvision's alexnet, whose inputs are (pixel - mean) / std for pixels in 0..1.
+
+    The division becomes part of conv1's weights, which is exact at the padded borders too.
+
+    Raises:
+        ModelError: a file that cannot be read, or that holds anything else.
+    """
     try:
         state = checkpoint.unpack(read_regular(path, checkpoint.MAX_BYTES))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception:  # torch raises many kinds, with pages of advice
+    except Exception:  # torch raises many kinds, some with pages of advice
         raise ModelError(
-            f"{path} is not a file of weights that torch can load without running its code"
+            f"{path} is not a file of weights that torch can load without running code: give another file"
         ) from None
-    return _from_torchvision(path, state)
+    return _from_torchvision(path, state, std)
 
 
 def _is_ours(path: Path) -> bool:
@@ -110,18 +126,18 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _from_torchvision(path: Path, state: Any) -> Weights:
-    """torchvision's names and scale: the division by its deviation becomes part of conv1."""
-    if not isinstance(state, dict) or not {"features.0.weight", "classifier.6.weight"} <= state.keys():
-        raise ModelError(f"{path} is not a state dict of torchvision's alexnet: give another --weights")
-    scale = (255 * torch.tensor(IMAGENET_STD, dtype=torch.float64)).view(1, 3, 1, 1)
-    state = dict(state)
+def _from_torchvision(path: Path, state: Any, std: Sequence[float] = IMAGENET_STD) -> Weights:
+    scale = (255 * torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1)
     try:
-        state["features.0.weight"] = (state["features.0.weight"].double() / scale).float()
-    except (RuntimeError, AttributeError):
-        raise ModelError(
-            f"{path} is not a state dict of torchvision's alexnet: give another --weights"
-        ) from None
+        with torch.device("meta"):  # no memory, no work
+            network = AlexNet(len(state["classifier.6.bias"]), "owt")
+        expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        if {name: tensor.shape for name, tensor in state.items()} != expected:
+            raise ValueError
+        first = (state["features.0.weight"].double() / scale).float()
+        state = {name: tensor.float() for name, tensor in state.items()} | {"features.0.weight": first}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ModelError):
+        raise ModelError(f"{path} is not a state dict of torchvision's alexnet: give another file") from None
     return Weights(path, "owt", state, mean="imagenet")
 
 

@@ -18,12 +18,13 @@ def checkpoints(work: Path, tries: int, draw: random.Random, tick: Progress) -> 
 
     from base.errors import ModelError
     from model.training.checkpoint import Checkpoints
+    from model.training.config import checkpoint_paths
 
     run = Checkpoints(work / "checkpoints")
     run.out.mkdir()
     for step in (1, 2):
         run.save({"model": {"w": torch.arange(4096.0)}, "step": step})
-    newest, passed = run.paths()[0], 0
+    newest, passed = checkpoint_paths(run.out)[0], 0
     content = newest.read_bytes()
     for number in range(tries):
         damaged = bytearray(content)

@@ -23,6 +23,7 @@ import pipeline.build.split
 import pipeline.load.readers
 from base.errors import DataError, ModelError
 from model.training.checkpoint import Checkpoints, load
+from model.training.config import checkpoint_paths
 from model.training.precision import check_scale
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
@@ -215,10 +216,10 @@ def test_falling_back_names_what_it_passes_over(tmp_path: Path) -> None:
     said: list[str] = []
     for step in (1, 2):
         run.save(a_checkpoint(step))
-    run.paths()[0].write_bytes(b"cut")
+    checkpoint_paths(run.out)[0].write_bytes(b"cut")
     assert run.newest(fall_back=True, say=said.append)["step"] == 1
     assert len(said) == 1 and "checkpoint-000000002.pt is damaged" in said[0]
-    run.paths()[1].write_bytes(b"cut")
+    checkpoint_paths(run.out)[1].write_bytes(b"cut")
     with pytest.raises(ModelError, match=r"all 2 checkpoints .* are damaged"):
         run.newest(fall_back=True)
 

@@ -11,6 +11,7 @@ from helpers import run_train, train_error
 
 from model.parallel.ranks import Ranks
 from model.training.checkpoint import Checkpoints, load
+from model.training.config import checkpoint_paths
 from pipeline.shards import ShardReader
 from tools.lib.runs import load_run
 from tools.lib.scores import judge
@@ -51,7 +52,7 @@ def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched: 
     assert saved["network"] == {
         "activation": "tanh", "groups": 1, "lrn": False, "pool": [2, 2], "drop_layers": ["conv3"],
     }  # fmt: skip
-    trained = load_run(Checkpoints(switched).paths()[0])
+    trained = load_run(checkpoint_paths(switched)[0])
     assert "conv3" not in dict(trained.network.features.named_children())
     for key, value in trained.network.state_dict().items():
         assert torch.equal(value, saved["ema"]["model"][key])
@@ -74,7 +75,7 @@ def test_mixup_and_averaging_resume_in_mid_epoch_bit_for_bit(
     options = ["--epochs", 2, *arguments, *MODERN, "--train-error", "--save-every", 4]
     run(dataset, out, *options)
     shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    for path in Checkpoints(out).paths():
+    for path in checkpoint_paths(out):
         if load(path)["step"] > 4:
             path.unlink()
     assert Checkpoints(out).newest()["step"] == 4

@@ -17,7 +17,8 @@ from faults.processes import shared_memory_of
 from helpers import ROOT, newest, same_weights, train_command, train_error
 from helpers import run_train as run
 
-from model.training.checkpoint import Checkpoints, load
+from model.training.checkpoint import load
+from model.training.config import checkpoint_paths
 from model.training.log import Log
 
 # one small, quick network: images of 67 pixels' crop pass all three pools
@@ -189,7 +190,7 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(
         text=True,
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(Checkpoints(out).paths()) < 2:
+    while time.monotonic() < deadline and len(checkpoint_paths(out)) < 2:
         time.sleep(0.01)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert len(ranks) == 2
@@ -309,7 +310,7 @@ def test_what_is_wrong_is_said_in_one_line(whole: Path, dataset: Path, tmp_path:
 def test_a_damaged_checkpoint_is_refused_by_name(whole: Path, dataset: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "run"
     damaged.mkdir()
-    newest_path = Checkpoints(whole).paths()[0]
+    newest_path = checkpoint_paths(whole)[0]
     content = bytearray(newest_path.read_bytes())
     content[len(content) // 2] ^= 1
     (damaged / newest_path.name).write_bytes(content)
@@ -323,7 +324,7 @@ def test_falling_back_on_the_checkpoint_before_changes_nothing(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    paths = Checkpoints(whole).paths()
+    paths = checkpoint_paths(whole)
     for path in [*paths, whole / "config.json", whole / "log.jsonl"]:
         os.link(path, out / path.name)
     content = bytearray(paths[0].read_bytes())
@@ -339,7 +340,7 @@ def test_falling_back_on_the_checkpoint_before_changes_nothing(
 def test_a_damaged_config_is_not_taken_for_the_defaults(whole: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    os.link(Checkpoints(whole).paths()[0], out / "checkpoint-000000012.pt")
+    os.link(checkpoint_paths(whole)[0], out / "checkpoint-000000012.pt")
     (out / "config.json").write_text((whole / "config.json").read_text()[:99])
     assert "is not a config.json of a run" in train_error("--data", dataset, "--out", out, "--resume")
 

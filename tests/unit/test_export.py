@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from helpers import CROP, ROOT, make_run, read_bgr
 
 from model.training import checkpoint
-from pipeline.preprocess import MEANS, Preprocess
+from model.training.weights import IMAGENET_STD
+from pipeline.preprocess import IMAGENET_MEAN, MEANS, Preprocess
 from tools import export, predict
 from tools.bench.reference import import_torchvision
 from tools.lib import formats
@@ -189,7 +190,7 @@ def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset: Path
     trained = load_run(out)
     assert trained.classes == load_run(out).classes and len(trained.classes) == 4
     pixels = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(2)).float()
-    normalize = torchvision.transforms.Normalize(export.IMAGENET_MEAN, export.IMAGENET_STD)
+    normalize = torchvision.transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
     ours = pixels - torch.tensor(trained.preprocess.mean[0, 0])[:, None, None]
     with torch.no_grad():
         wanted = theirs(normalize(pixels / 255))
@@ -248,7 +249,7 @@ def test_what_is_wrong_is_said_in_one_line(
         ((run, "--onnx", "a", "--out", "b"), 2, "go with --from-torchvision"),
         (("--from-torchvision", "a"), 2, "needs --out"),
         ((run, "--torchvision", tmp_path / "x"), 1, "train with --variant owt"),
-        (("--from-torchvision", tmp_path / "junk.pth", *back), 1, "no state dict"),
+        (("--from-torchvision", tmp_path / "junk.pth", *back), 1, "not a file of weights"),
         (("--from-torchvision", tmp_path / "none.pth", *back), 1, "No such file"),
         (("--from-torchvision", tmp_path / "other.pth", *back), 1, "not a state dict of torchvision"),
         (("--from-torchvision", tmp_path / "seven.pth", *back), 1, "7 outputs"),

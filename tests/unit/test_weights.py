@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from base.errors import ModelError
 from model.alexnet import AlexNet
+from model.training import checkpoint
 from model.training.checkpoint import find, load, unpack
 from model.training.weights import IMAGENET_STD, load_weights
 from pipeline.preprocess import IMAGENET_MEAN
@@ -98,8 +99,12 @@ def test_weights_that_unfold_are_refused_before_they_do(tmp_path: Path) -> None:
         load_weights(tmp_path / "b.pth")
 
 
-def test_a_training_begins_with_frozen_convolutions(dataset: Path, tmp_path: Path) -> None:
-    """Of another run, whose options it takes over; resumed without the file."""
+def test_a_training_begins_with_frozen_convolutions(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run's, with that run's options; the file is read once, and not at all to resume."""
+    reads: list[Path] = []
+    monkeypatch.setattr(checkpoint, "load", lambda path: reads.append(path) or load(path))
     run = make_run(tmp_path / "old", dataset, "bn", pool=(2, 2))
     options = [
         "--data",
@@ -116,6 +121,7 @@ def test_a_training_begins_with_frozen_convolutions(dataset: Path, tmp_path: Pat
     done = train_here(*options, "--epochs", 1)
     assert done.exit_code == 0, done.output
     assert "begins with" in done.output and "frozen" in done.output
+    assert reads == [run / "best.pt"]
     old, new = load(find(run))["model"], newest(tmp_path / "new")
     assert (new["variant"], new["network"]) == ("bn", {"pool": [2, 2]})
     for name, value in new["model"].items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import ModelError
-from model.training.checkpoint import Checkpoints
+from model.training.config import checkpoint_paths
 from tools.ablation.jobs import Job, Workers, read_json
 from tools.lib.cli import write_text
 
@@ -151,7 +151,7 @@ def evaluate_baseline(
 ) -> list[dict[str, Any]]:
     """Ten crops and ensembles of the baseline's networks, by tools/evaluate.py; no rows where all have failed."""
     networks = [
-        Checkpoints(run.out).paths()[0]
+        checkpoint_paths(run.out)[0]
         for run in runs
         if run.name == BASELINE and run.result and "failed" not in run.result
     ]

@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from base.errors import ModelError
 from base.machine import cpu_threads
-from model.training.checkpoint import Checkpoints
-from model.training.config import Config
+from model.training.config import Config, checkpoint_paths
 from model.training.log import epochs_of, read_log
 from model.training.watch import SHARE
 from tools.lib.cli import write_text
@@ -118,7 +117,7 @@ class Workers:
         slot = self.slots.get()
         try:
             arguments = [*self.options, *job.arguments, "--out", str(job.out), "--seed", str(job.seed)]
-            if Checkpoints(job.out).paths():
+            if checkpoint_paths(job.out):
                 arguments.append("--resume")
             else:
                 write_text(job.out / "arguments.json", json.dumps(job.arguments) + "\n")
@@ -139,7 +138,7 @@ class Workers:
     def _evaluate_train(self, job: Job, slot: int) -> bool:
         """Adds the last weights' accuracy on the training set, centre crops; False when stopped."""
         path = job.out / "train-split.json"
-        newest = Checkpoints(job.out).paths()[0]
+        newest = checkpoint_paths(job.out)[0]
         arguments = [str(newest), "--data", str(job.train_split), "--split", "train", "--json", str(path)]
         code, error = self.call("tools/evaluate.py", [*arguments, "--no-progress", "--workers", "0"], slot)
         if code == 0:
@@ -194,7 +193,7 @@ def finished(job: Job) -> dict[str, Any]:
     """The result of a job that is complete, else {}; raises ModelError if it was, or is, another run."""
     result = read_json(job.out / "result.json") or {}
     began = result.get("arguments")
-    if not result and Checkpoints(job.out).paths():  # --resume would continue with its first options
+    if not result and checkpoint_paths(job.out):  # --resume would continue with its first options
         began = read_json(job.out / "arguments.json")
     if began not in (None, job.arguments) and training_options(began) != training_options(job.arguments):
         raise ModelError(f"{job.out} was run with other options ({shlex.join(began)}): give another --out")

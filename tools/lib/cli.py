@@ -17,7 +17,6 @@ from model.training.config import Config
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 TOP = 5  # guesses that are counted and shown
-MEANS = ("pixel", "channel", "imagenet", "none")  # of pipeline.preprocess, which imports torch
 
 
 def option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from base.errors import DataError, ModelError
 from base.files import read_regular, temporary_path
-from model.alexnet import AlexNet
 from model.lrn import LRN
 from model.training import checkpoint
+from model.training.weights import IMAGENET_STD, load_torchvision
 from pipeline.preprocess import IMAGENET_MEAN, Preprocess
 from pipeline.shards import MANIFEST, Manifest
 from tools.lib.cli import cannot_write
@@ -220,31 +220,28 @@ def from_torchvision(
     source: Path,
     out: Path,
     *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
     data: Path | None = None,
     names: Path | None = None,
 ) -> str:
     """Make the checkpoint `out` of a state dict of torchvision's alexnet.
 
-    Such networks take (pixel - mean) / std of pixels in 0..1. The division becomes part of conv1's weights,
-    which is exact at the padded borders too, and the mean the checkpoint's channel mean. Classes are those of
-    `data`, of the lines of `names`, or numbers. Raises ModelError if `source` is something else, DataError if the
-    classes do not fit.
+    Args:
+        source: the state dict, read by `load_torchvision`.
+        out: the checkpoint to write.
+        mean, std: what the weights expect pixels in 0..1 to be normalised with; the mean becomes the
+            checkpoint's channel mean.
+        data: a data set to take the classes from.
+        names: a file of `wnid name` lines to take them from; without `data` and `names` they are numbers.
+
+    Raises:
+        ModelError: `source` is something else.
+        DataError: the classes do not match the network's outputs.
     """
-    try:
-        state = checkpoint.unpack(read_regular(Path(source), checkpoint.MAX_BYTES))
-    except OSError as error:
-        raise ModelError(f"cannot read {source}: {error.strerror}") from None
-    except Exception:  # torch raises many kinds, with pages of advice
-        raise ModelError(f"{source} is no state dict that torch can load without running its code") from None
-    try:
-        outputs = len(state["classifier.6.bias"])
-        network = AlexNet(outputs, "owt")
-        network.load_state_dict(state)
-    except (KeyError, IndexError, RuntimeError, TypeError, AttributeError, ModelError):
-        raise ModelError(f"{source} is not a state dict of torchvision's alexnet") from None
-    size, basis = 256, np.zeros((3, 3))  # the colour shift serves training only
+    weights = load_torchvision(source, std)
+    outputs = len(weights.state["classifier.6.bias"])
+    size, basis = 256, np.zeros((3, 3))  # the colour shift is for training only
     if data:
         split = next((s for s in ("train", "val") if (data / s / MANIFEST).exists()), "train")
         manifest = Manifest.load(data / split)
@@ -257,16 +254,13 @@ def from_torchvision(
             f"{source} has {outputs} outputs, {data or names} {len(classes)} classes: give the --data or --names "
             "that it was trained on, or neither"
         )
-    with torch.no_grad():
-        first = next(network.features.parameters())
-        first.copy_(first.double() / (255 * torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1))
     levels = np.tile(255 * np.array(mean, np.float32), (size, size, 1))
     # training on from these weights takes the mean of this name
     mode = "imagenet" if mean == IMAGENET_MEAN else "channel"
-    preprocess = Preprocess(size, network.image_size, mode, levels, basis.astype(np.float32))
+    preprocess = Preprocess(size, weights.crop, mode, levels, basis.astype(np.float32))
     # as train.py's, without what only training needs: nothing to --resume
     saved = {
-        "model": network.state_dict(),
+        "model": weights.state,
         "optimizer": {},
         "schedule": {},
         "scaler": {},
