@@ -13,7 +13,7 @@ from helpers import ROOT, make_run
 from base.errors import DataError
 from tools.lib import cli
 
-COMMANDS = ("benchmark", "evaluate", "export", "predict", "show")
+COMMANDS = ("ablate", "benchmark", "evaluate", "export", "predict", "show")
 HEAVY = ("torch", "nvidia", "matplotlib", "cv2", "lmdb", "scipy")
 
 

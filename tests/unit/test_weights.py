@@ -104,7 +104,12 @@ def test_a_training_begins_with_frozen_convolutions(
 ) -> None:
     """Another run's, with that run's options; the file is read once, and not at all to resume."""
     reads: list[Path] = []
-    monkeypatch.setattr(checkpoint, "load", lambda path: reads.append(path) or load(path))
+
+    def counted(path: Path) -> dict[str, Any]:
+        reads.append(path)
+        return load(path)
+
+    monkeypatch.setattr(checkpoint, "load", counted)
     run = make_run(tmp_path / "old", dataset, "bn", pool=(2, 2))
     options = [
         "--data",
