@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -357,6 +358,11 @@ class Config:
     def folder(self) -> Path:
         """The run's folder."""
         return self.out or Path("runs") / (self.variant or "paper")
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues this run."""
+        return shlex.join(["python", "train.py", "--resume", "--out", str(self.folder)])
 
     @property
     def scaled_lr(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,7 +17,7 @@ from model.training.checkpoint import Checkpoints
 from model.training.config import Config
 from model.training.ema import Ema
 from model.training.log import duration, size
-from model.training.precision import amp_dtype, diverged
+from model.training.precision import amp_dtype, check_scale, diverged
 from model.training.watch import Watch
 from model.training.weights import Weights
 from pipeline.load.plan import Plan
@@ -36,8 +38,10 @@ class TrainState:
 
     Attributes:
         network: laid out over the ranks; `forward` is the module to call in training.
-        step: steps done; best: the best validation top-1 so far, in 0..1.
-        loss_sum, hits, label_counts: on the device, since the last log line.
+        step: steps done.
+        best: the best validation top-1 so far, in 0..1.
+        loss_sum, correct, label_counts: sums on the device since the last log line.
+        data_wait: seconds that the loop waited for batches since the last log line.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class TrainState:
             len(classes), config.variant, config.dropout, image_size=config.crop, **config.network_options
         )
         recipe.initialise(self.network, config.init, config.seed)
-        self.begins_with = weights.into(self.network) if weights else ""
+        self.loaded = weights.into(self.network) if weights else ""
         self.network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.layout = Layout(self.network, config.layout, ranks, config.global_batch)
         if config.freeze:
@@ -98,14 +102,16 @@ class TrainState:
             "network": self.network.options,
         }
         self.loss_sum = torch.zeros((), device=ranks.device)
-        self.hits = torch.zeros((), device=ranks.device)
+        self.correct = torch.zeros((), device=ranks.device)
         self.label_counts = torch.zeros(len(classes), dtype=torch.int64, device=ranks.device)
 
     def start(self) -> None:
-        """Make the module to call in training, after a checkpoint was loaded and before the first step."""
+        """Make the module to call in training; call after a checkpoint is loaded and before the first step."""
         # DDP may take the graph as static when one backward pass makes a step
         self.forward = self.layout.distribute(self.config.accumulate == 1, self.config.compress)
         self.train_mode()
+        self._estimate_step = self.step + 100
+        self.start_window()
 
     def train_mode(self) -> None:
         """Back from evaluation; the statistics of a frozen batch normalisation stay."""
@@ -121,6 +127,22 @@ class TrainState:
     @property
     def end_step(self) -> int:
         return self.config.epochs * self.plan.steps_per_epoch
+
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether the last step was the last of its epoch."""
+        return self.step % self.plan.steps_per_epoch == 0
+
+    @property
+    def save_due(self) -> bool:
+        """Whether a checkpoint follows the last step: after each epoch and every --save-every steps."""
+        every = self.config.save_every
+        return self.epoch_ends or (every > 0 and self.step % every == 0)
+
+    @property
+    def images_left(self) -> int:
+        """Training images from here to the end of the run."""
+        return (self.end_step - self.step) * self.plan.global_batch
 
     @property
     def trained(self) -> torch.nn.Module:
@@ -140,7 +162,7 @@ class TrainState:
     # ---- messages
 
     def describe(self) -> str:
-        """What the run computes on, and in which type of number: why most speeds differ."""
+        """The devices and the number format of the run, for the user."""
         ranks = self.ranks
         if ranks.gpu:
             where = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
@@ -149,15 +171,22 @@ class TrainState:
         return f"training on {where}, in {str(self.amp or torch.float32).removeprefix('torch.')}"
 
     def estimate(self, rate: float) -> str:
-        """How long an epoch and the rest of the run take at `rate` images/s, and how much disk the run takes."""
+        """The time and disk space that the run needs at `rate` images/s: once, after 100 steps or the first epoch.
+
+        Empty at other times and when nothing is left to do.
+        """
+        if not self._estimate_step or not (self.step >= self._estimate_step or self.epoch_ends):
+            return ""
+        self._estimate_step = 0
+        if not self.images_left:
+            return ""
         epoch = self.plan.steps_per_epoch * self.plan.global_batch
-        rest = (self.end_step - self.step) * self.plan.global_batch
         every = self.config.save_every
         saves = self.config.epochs + (self.end_step // every if every else 0)
         files = min(self.config.keep, saves) + 1  # and best.pt
         return (
             f"at {rate:,.0f} images/s an epoch takes {duration(epoch / rate)} and the rest of the run "
-            f"{duration(rest / rate)}, without validation; up to {files} checkpoints of "
+            f"{duration(self.images_left / rate)}, without validation; up to {files} checkpoints of "
             f"{size(self.checkpoint_bytes)} take {size(files * self.checkpoint_bytes)}"
         )
 
@@ -220,23 +249,46 @@ class TrainState:
                 "give an --out that all nodes share"
             )
 
-    # ---- what is read from the device at a log line
+    # ---- windows: the steps between two log lines
 
-    def window(self, steps: int) -> dict[str, float]:
-        """Mean loss (and error) of the last `steps` steps over all ranks, and the loss of guessing; begin anew.
+    def start_window(self) -> None:
+        """Start measuring; call again after work that is not training, such as validation."""
+        self._window_start, self._window_step, self.data_wait = time.perf_counter(), self.step, 0.0
 
-        Waits for the device.
+    def end_window(self) -> dict[str, float]:
+        """The fields of a log line, and start the next window. Waits for the device.
+
+        Means over the steps of the window and all ranks. Raises ModelError if training has diverged.
         """
-        ranks = self.ranks
+        ranks, steps = self.ranks, self.step - self._window_step
         means = {"loss": ranks.sum(self.loss_sum).item() / steps / ranks.world_size}
         if self.config.train_error:
             images = steps * self.layout.batch * ranks.world_size
-            means["error"] = 1 - ranks.sum(self.hits).item() / images
+            means["error"] = 1 - ranks.sum(self.correct).item() / images
         self.watch.add(means["loss"], steps, ranks.sum(self.label_counts))
         means["guess"] = self.watch.guess()
-        for total in (self.loss_sum, self.hits, self.label_counts):
+        for total in (self.loss_sum, self.correct, self.label_counts):
             total.zero_()
-        return means
+        if not math.isfinite(means["loss"]):
+            raise diverged(f"the loss is {means['loss']} at step {self.step}", self.config.folder)
+        check_scale(self.scaler, self.config.folder)
+        seconds = time.perf_counter() - self._window_start
+        speed = {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": steps * self.plan.global_batch / seconds,
+            "data_wait": self.data_wait / seconds,
+        }
+        self.start_window()
+        return {"steps": steps, **speed, **means}
+
+    # ---- the end of an epoch
+
+    def validated(self, top1: float) -> bool:
+        """Take the validation accuracy (0..1) into account; returns whether it is the best so far."""
+        self.schedule.validated(1 - top1, guessing=not self.watch.learnt)
+        is_best = top1 > self.best
+        self.best = max(self.best, top1)
+        return is_best
 
     @torch.no_grad()
     def before_saving(self) -> None:

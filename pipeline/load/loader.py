@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -217,6 +217,26 @@ def eval_loader(
     """One rank's share of a whole set, every image once, centre crop (or ten crops); last batch may be smaller."""
     feed = EvalFeed(reader, batch, preprocess.size, preprocess.crop, rank, world_size)
     return Loader(feed, preprocess, batch, **options)
+
+
+def fastest_decoder(
+    reader: ShardReader,
+    preprocess: Preprocess,
+    batch: int,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    **options: Any,
+) -> tuple[str, str]:
+    """For --decoder auto: the decoder with the highest rate, the same on all ranks, and the rates for the user.
+
+    Args:
+        sum_over_ranks: the sum of a tensor over all ranks.
+        options: of `eval_loader`, with device "gpu".
+    """
+    rates = time_decoders(reader, preprocess, batch, **options)
+    totals = sum_over_ranks(torch.tensor(rates, device=torch.device("cuda", options["device_id"]))).tolist()
+    decoder = DECODERS[totals.index(max(totals))]
+    measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in zip(DECODERS, totals, strict=True))
+    return decoder, f", decoder {decoder} ({measured} images/s)" if max(totals) else ""
 
 
 def time_decoders(

@@ -42,7 +42,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=200)
-    assert process.returncode == 75 and "run the same command to continue" in errors, errors
+    assert process.returncode == 75 and "run the same command again to continue" in errors, errors
     early = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert 0 < len(early) < 6
     done = subprocess.run(command(dataset, out), cwd=ROOT, capture_output=True, text=True, timeout=240)

@@ -125,7 +125,7 @@ def test_a_training_begins_with_frozen_convolutions(
     ]
     done = train_here(*options, "--epochs", 1)
     assert done.exit_code == 0, done.output
-    assert "begins with" in done.output and "frozen" in done.output
+    assert "starting from" in done.output and "frozen" in done.output
     assert reads == [run / "best.pt"]
     old, new = load(find(run))["model"], newest(tmp_path / "new")
     assert (new["variant"], new["network"]) == ("bn", {"pool": [2, 2]})
