@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from helpers import make_run
 
-from base.errors import ModelError
+from base.errors import DataError, ModelError
 from model.training.log import read_log
 from pipeline.build.images import prepare
 from pipeline.build.sources import open_source
@@ -146,11 +146,24 @@ def test_paths_on_standard_input_end_with_nul_or_newline(
     printed = invoke(run, "-", "--sheet", tmp_path / "s.png", input=lines).stdout
     assert f"{tmp_path}/caf\\xe9.jpg\n" in printed and f"{tmp_path}/no suffix\n" in printed
     assert cv2.imread(str(tmp_path / "s.png")) is not None
-    for image in (photos["rocket"], photos["coffee"]):
-        error = invoke(run, "-", input=image.read_bytes(), code=1).stderr
-        assert error == (
-            "Error: standard input is an image, not a list of paths: give the file's name instead of -\n"
-        )
+
+
+def test_an_image_on_standard_input_is_refused(run: Path, photos: dict[str, Path]) -> None:
+    error = invoke(run, "-", input=photos["rocket"].read_bytes(), code=1).stderr
+    assert error == (
+        "Error: standard input is an image, not a list of paths: give the file's name instead of -\n"
+    )
+    for suffix in (".jpg", ".png", ".gif", ".bmp", ".webp", ".tiff"):
+        content = cv2.imencode(suffix, np.zeros((50, 60, 3), np.uint8))[1].tobytes()
+        kind = "binary data" if suffix == ".tiff" else "an image"
+        with pytest.raises(DataError, match=f"standard input is {kind}, not a list of paths: give"):
+            samples._paths_of(content)
+
+
+@pytest.mark.parametrize("name", [b"BMW.jpg", b"BM", b"RIFF.webp", b"GIF8.gif", b"\xff\xd8.jpg"])
+def test_names_that_begin_as_images_do_are_paths(name: bytes) -> None:
+    for end in (b"", b"\n", b"\0"):
+        assert [os.fsencode(path) for path in samples._paths_of(name + end)] == [name]
 
 
 def test_a_folder_is_read_as_the_build_reads_it(run: Path, photos: dict[str, Path], tmp_path: Path) -> None:

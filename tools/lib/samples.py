@@ -6,6 +6,7 @@ DALI is imported only where a whole data set is read.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,8 @@ from pipeline.shards import ShardReader
 from tools.lib.cli import TOP, echo, printable
 from tools.lib.runs import Run, class_names
 
-HEADERS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")  # of images, as opposed to lists of paths
+# the headers of image files; the zero bytes of BMP tell it from a path that begins with BM
+IMAGE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP", re.DOTALL)
 BATCH = 32
 NEIGHBOURS = 6  # as in figure 4 of the paper
 BAR = 30  # characters of a bar for 100 %
@@ -79,9 +81,11 @@ def find_images(arguments: Iterable[str]) -> Iterator[Photograph]:
 
 
 def _paths_of(listing: bytes) -> list[str]:
-    """The paths on standard input: ended by NUL as `find -print0` writes them, else one a line."""
-    if listing.startswith(HEADERS):
+    """The paths on standard input: separated by NUL, as `find -print0` writes them, or one per line."""
+    if IMAGE.match(listing):
         raise DataError("standard input is an image, not a list of paths: give the file's name instead of -")
+    if b"\0\0" in listing:
+        raise DataError("standard input is binary data, not a list of paths: give file names instead of -")
     lines = listing.split(b"\0") if b"\0" in listing else listing.splitlines()
     return [os.fsdecode(line) for line in lines if line]
 
