@@ -155,9 +155,13 @@ class AlexNet(nn.Module):
         if not set(drop_layers) <= set(DROPPABLE):
             wrong = ", ".join(sorted(set(drop_layers) - set(DROPPABLE)))
             raise ModelError(f"cannot drop {wrong}: only {', '.join(DROPPABLE)} can be left out")
-        if min(num_classes, stride, *pool) < 1:
+        if lrn not in (None, False, True):
+            raise ModelError(f"lrn is {lrn}: choose True or False")
+        sizes = (num_classes, image_size, stride, *pool)
+        if len(pool) != 2 or not all(isinstance(value, int) and value >= 1 for value in sizes):
             raise ModelError(
-                f"num_classes {num_classes}, stride {stride}, pool {pool}: all must be at least 1"
+                f"num_classes {num_classes}, image_size {image_size}, stride {stride}, pool {pool}: "
+                "all must be integers of at least 1"
             )
         build, own = VARIANTS[variant]
         defaults = {"stride": 4, "activation": "relu", "pool": [3, 2], "drop_layers": [], **own}

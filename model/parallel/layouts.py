@@ -183,17 +183,22 @@ class Layout:
         return state
 
     def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Load the state dict of a plain network's optimiser."""
+        """Load the state dict of a plain network's optimiser; raises ValueError if it is another optimiser's."""
+        groups = [group.keys() for group in optimizer.param_groups]
+        if [group.keys() for group in state["param_groups"]] != groups:
+            raise ValueError("its optimiser has other groups of parameters")
         parameters = self._parameters(optimizer)
-        mine = {}
+        local: dict[int, dict[str, Any]] = {}
         for index, entry in state["state"].items():
             name, parameter = parameters[index]
-            mine[index] = {
-                # in the memory format of the parameter, which fused optimisers assume
-                k: torch.empty_like(parameter).copy_(self.part(name, v)) if _is_array(v) else v
-                for k, v in entry.items()
+            parts = {k: self.part(name, v) if _is_array(v) else v for k, v in entry.items()}
+            if any(_is_array(v) and v.shape != parameter.shape for v in parts.values()):
+                raise ValueError(f"its optimiser state of {name} does not fit")
+            # in the memory format of the parameter, which fused optimisers assume
+            local[index] = {
+                k: torch.empty_like(parameter).copy_(v) if _is_array(v) else v for k, v in parts.items()
             }
-        optimizer.load_state_dict({**state, "state": mine})
+        optimizer.load_state_dict({**state, "state": local})
 
     def _parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
         """Name and parameter in the order of the optimiser's indices."""

@@ -299,4 +299,5 @@ class Schedule:
         return {"drops": self.drops, "best": self.best, "bad_epochs": self.bad_epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.drops, self.best, self.bad_epochs = state["drops"], state["best"], state["bad_epochs"]
+        self.drops, self.best = int(state["drops"]), float(state["best"])
+        self.bad_epochs = int(state["bad_epochs"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -218,23 +219,39 @@ class TrainState:
         self.checkpoints.save(state, best=best)
 
     def resume(self, say: Callable[[str], None]) -> None:
-        """Continue from the newest checkpoint; raises ModelError if it is of another run, or of none."""
-        out, saved = self.config.folder, self.checkpoints.newest(self.config.fall_back, say)
+        """Continue from the newest checkpoint; raises ModelError if there is none or it is another run's.
+
+        Args:
+            say: called with a line about each damaged checkpoint that --fall-back skips.
+        """
+        saved = self.checkpoints.newest(self.config.fall_back, say)
+        try:
+            self._load(saved)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"the checkpoint in {self.config.folder} does not fit this run ({reason}): "
+                "resume from the previous one by deleting it, or start again with another --out"
+            ) from None
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        out = self.config.folder
         for key, value in self.identity.items():
             if saved["identity"].get(key) != value:
                 raise ModelError(
                     f"the checkpoint in {out} has {key} {saved['identity'].get(key)}, not {value}: "
-                    "resume with the options (and data) that the run began with"
+                    "resume with the options and the data of the original run"
                 )
         if bool(saved["ema"]) != bool(self.ema):
             raise ModelError(
-                f"the checkpoint in {out} was made {'with' if not self.ema else 'without'} --ema"
+                f"the checkpoint in {out} was made {'with' if not self.ema else 'without'} --ema: "
+                "resume with the original options"
             )
         self.layout.load_state_dict(saved["model"])
         self.layout.load_optimizer_state_dict(self.optimizer, saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.watch.load_state_dict(saved["watch"])
-        if saved["scaler"]:  # empty without float16, and --amp may change on the way
+        if saved["scaler"]:  # empty without float16; --amp may have changed
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema:
             self.ema.load_state_dict(saved["ema"], self.layout.part)

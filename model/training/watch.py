@@ -74,9 +74,10 @@ class Watch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(self).items() if k != "smoothing"
-        }
+        state = {"learnt": self.learnt, "warned": self.warned, "loss": self.loss, "steps": self.steps}
+        return state | {"counts": self.counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update({k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()})
+        self.learnt, self.warned = bool(state["learnt"]), bool(state["warned"])
+        self.loss, self.steps = float(state["loss"]), int(state["steps"])
+        self.counts.copy_(state["counts"])

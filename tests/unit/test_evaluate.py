@@ -92,7 +92,10 @@ def test_without_data_it_is_the_runs_own(
     assert "24 images of" in invoke(run / "best.pt").output
     assert f"there is no run at {tmp_path / 'ran'}" in invoke(tmp_path / "ran", code=1).output
     (run / "config.json").write_text(json.dumps({"data": "gone"}))
-    assert "was trained on gone, which is not found from here: give --data" in invoke(run, code=1).output
+    assert (
+        "was trained on gone, which is not found from the current folder: give --data"
+        in invoke(run, code=1).output
+    )
     for text in ("// another program's", "[1]", "null", '{"data": 3}', "{}"):
         (run / "config.json").write_text(text)
         assert "no data set in data/imagenet/val" in invoke(run, code=1).output
@@ -263,7 +266,7 @@ def test_what_is_wrong_is_said_in_one_line(runs: list[Path], dataset: Path, tmp_
     assert "no run at" in one_line(invoke(tmp_path / "none", "--data", dataset, code=1))
     assert "no data set" in one_line(invoke(runs[0], "--data", tmp_path, code=1))
     checkpoint.save(tmp_path / "strange.pt", {"weights": 1})
-    assert "no checkpoint of" in one_line(invoke(tmp_path / "strange.pt", "--data", dataset, code=1))
+    assert "not a checkpoint of" in one_line(invoke(tmp_path / "strange.pt", "--data", dataset, code=1))
     (tmp_path / "file").touch()
     error = one_line(invoke(runs[0], "--data", dataset, "--csv", tmp_path / "file" / "c.csv", code=1))
     assert "cannot write" in error

@@ -43,7 +43,7 @@ def test_the_last_layer_begins_anew_where_classes_differ(tmp_path: Path) -> None
     torch.save(torchvision_state(1000), tmp_path / "a.pth")
     network = AlexNet(5, "owt")
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert load_weights(tmp_path / "a.pth").into(network).endswith("classifier.6 anew")
+    assert load_weights(tmp_path / "a.pth").into(network).endswith("with new weights for classifier.6")
     after = network.state_dict()
     assert torch.equal(before["classifier.6.weight"], after["classifier.6.weight"])
     assert not torch.equal(before["classifier.4.weight"], after["classifier.4.weight"])

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from base.errors import DataError
+from base.errors import DataError, ModelError
 from pipeline.build.images import RejectedError, prepare
 from pipeline.build.labels import readable
 from pipeline.build.listing import RawImage, RawReader, looks_like_image
@@ -156,6 +156,8 @@ def predict(
     images = network_input(np.stack([rgb for _, rgb in loaded]), run.preprocess).to(device)
     fc7 = run.network.forward_features(images)
     logp = F.log_softmax(run.network.classifier[-1](fc7).float(), dim=1)
+    if logp.isnan().any():
+        raise ModelError(f"the network of {run.path} overflows on these images: give another RUN")
     best = logp.exp().topk(min(top, len(run.classes)))
     labels = {c["wnid"]: i for i, c in enumerate(run.classes)}  # as the build names a folder's class
     predictions = [
