@@ -1,4 +1,4 @@
-"""TrainState: everything that changes while a run trains, and what its checkpoints hold."""
+"""TrainState: everything that changes during training, and the content of checkpoints."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ from pipeline.preprocess import Preprocess
 
 
 class TrainState:
-    """The network on this rank with its optimiser, schedule and place in the run.
+    """The network on this rank, its optimiser and schedule, and the position in the run.
 
     Args:
-        config: with nothing left to choose (`Config.fill`).
-        ranks: this process's place among all.
+        config: the options, after `Config.fill`.
+        ranks: this process's rank.
         plan: the random decisions of the run.
-        classes: of the manifest.
-        preprocess: kept in every checkpoint.
-        data_sha256: of the training set's content; a resumed run must have the same.
-        weights: to begin with; None for --init.
+        classes: the manifest's classes.
+        preprocess: saved in every checkpoint.
+        data_sha256: hash of the training set, which must not change when a run is resumed.
+        weights: the initial weights; None draws them as --init says.
 
     Attributes:
-        network: laid out over the ranks; `forward` is the module to call in training.
+        network: split across the ranks; in training, call `forward` instead.
+        loaded: what was loaded from `weights`, for the user.
         step: steps done.
         best: the best validation top-1 so far, in 0..1.
         loss_sum, correct, label_counts: sums on the device since the last log line.
@@ -92,7 +93,7 @@ class TrainState:
         self.watch = Watch(len(classes), config.label_smoothing)
         self.checkpoints = Checkpoints(config.folder, config.keep)
         self.step, self.best = 0, -1.0
-        # what the weights and the stream of samples depend on: a checkpoint of anything else is refused
+        # what the weights and the order of samples depend on; resume() refuses a checkpoint that differs
         self.identity = {
             "variant": config.variant,
             "seed": config.seed,
@@ -108,14 +109,14 @@ class TrainState:
 
     def start(self) -> None:
         """Make the module to call in training; call after a checkpoint is loaded and before the first step."""
-        # DDP may take the graph as static when one backward pass makes a step
+        # for DDP the graph is static if a step is one backward pass
         self.forward = self.layout.distribute(self.config.accumulate == 1, self.config.compress)
         self.train_mode()
         self._estimate_step = self.step + 100
         self.start_window()
 
     def train_mode(self) -> None:
-        """Back from evaluation; the statistics of a frozen batch normalisation stay."""
+        """Return from evaluation to training mode; frozen batch normalisation keeps its statistics."""
         self.network.train()
         if self.config.freeze:
             self.network.features.eval()
@@ -147,13 +148,13 @@ class TrainState:
 
     @property
     def trained(self) -> torch.nn.Module:
-        """What is evaluated: the averaged network where there is one. Every rank must ask together."""
+        """The network to evaluate: the averaged one with --ema. Collective: call it on every rank."""
         return self.layout.plain_network(self.ema.network if self.ema else self.network)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """About the size of one checkpoint: weights, momentum and averaged weights in float32."""
-        slices = self.layout.dims  # of these the rank holds one in world_size
+        """Approximate size of a checkpoint: weights, momentum and averaged weights in float32."""
+        slices = self.layout.dims  # of these parameters each rank holds 1 / world_size
         count = sum(
             p.numel() * (self.ranks.world_size if name in slices else 1)
             for name, p in self.network.named_parameters()
@@ -184,7 +185,7 @@ class TrainState:
         epoch = self.plan.steps_per_epoch * self.plan.global_batch
         every = self.config.save_every
         saves = self.config.epochs + (self.end_step // every if every else 0)
-        files = min(self.config.keep, saves) + 1  # and best.pt
+        files = min(self.config.keep, saves) + 1  # plus best.pt
         return (
             f"at {rate:,.0f} images/s an epoch takes {duration(epoch / rate)} and the rest of the run "
             f"{duration(self.images_left / rate)}, without validation; up to {files} checkpoints of "
@@ -194,7 +195,7 @@ class TrainState:
     # ---- checkpoints
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint; `best`: as best.pt too. Every rank must call it: slices are gathered."""
+        """Write a checkpoint, with `best` also as best.pt. Collective: call it on every rank."""
         model, updates = self.layout.state_dict(), self.layout.optimizer_state_dict(self.optimizer)
         averaged = self.ema.state_dict(self.layout.whole) if self.ema else {}
         if not self.ranks.first:
@@ -258,11 +259,11 @@ class TrainState:
         self.step, self.best = saved["step"], saved["best"]
 
     def check_same_step(self) -> None:
-        """Raises ModelError where nodes do not share the run's folder and found different checkpoints."""
+        """Raises ModelError if ranks found different checkpoints, because nodes do not share the run's folder."""
         ranks, step = self.ranks, torch.tensor(self.step, device=self.ranks.device)
         if ranks.any(ranks.sum(step).item() != self.step * ranks.world_size):
             raise ModelError(
-                f"the ranks find different checkpoints in {self.config.folder}: "
+                f"the ranks found different checkpoints in {self.config.folder}: "
                 "give an --out that all nodes share"
             )
 
@@ -301,7 +302,7 @@ class TrainState:
     # ---- the end of an epoch
 
     def validated(self, top1: float) -> bool:
-        """Take the validation accuracy (0..1) into account; returns whether it is the best so far."""
+        """Update the schedule with the validation accuracy in 0..1; returns whether it is the best so far."""
         self.schedule.validated(1 - top1, guessing=not self.watch.learnt)
         is_best = top1 > self.best
         self.best = max(self.best, top1)
@@ -309,9 +310,9 @@ class TrainState:
 
     @torch.no_grad()
     def before_saving(self) -> None:
-        """Make the ranks' running statistics one; raises ModelError where the weights are not finite.
+        """Average running statistics over ranks; raises ModelError if the weights are not finite.
 
-        The loss of a step says nothing about the update after it.
+        The loss of a step does not reveal that the update after it diverged.
         """
         for averaged in (self.network, self.ema.network) if self.ema else (self.network,):
             self.layout.average_buffers(averaged)
