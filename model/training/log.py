@@ -2,8 +2,8 @@
 
 log.jsonl has one JSON object per line. Its `kind` is one of
 
-    train     means over the last `steps` steps: loss, lr, images_per_s, data_wait (the share of the time that the
-              step waited for data), with --train-error error, and guess: the loss of always predicting the
+    train     means over the last `steps` steps: loss, lr, images_per_s, data_wait (the share of the time that was
+              spent waiting for data), with --train-error error, and guess, the loss of always predicting the
               frequencies of this epoch's labels
     val       validation after an epoch: loss, top1, top5, count
     guessing  the network has not learnt anything yet: loss, guess
