@@ -226,7 +226,7 @@ def test_one_rank_has_the_plain_network_whatever_the_layout(small: None) -> None
 def test_what_cannot_be_laid_out_is_said() -> None:
     with pytest.raises(ModelError, match="for 2 ranks, not 4"):
         Layout(AlexNet(2, image_size=SIZE), "towers", Ranks(0, 4, 0, 4), BATCH)
-    with pytest.raises(ModelError, match="do not divide into 3 ranks"):
+    with pytest.raises(ModelError, match=r"cannot divide the .* into 3 ranks"):
         Layout(AlexNet(2, image_size=SIZE), "hybrid", Ranks(0, 3, 0, 3), 9)
     with pytest.raises(ModelError, match="this network has none"):
         Layout(AlexNet(2, "cifar-18pct", image_size=24), "hybrid", Ranks(0, 2, 0, 2), BATCH)

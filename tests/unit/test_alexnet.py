@@ -150,7 +150,7 @@ def test_other_image_sizes(variant: str, size: int, stride: int) -> None:
         ({"activation": "gelu"}, "choose one of relu, tanh, sigmoid"),
         ({"groups": 3}, "groups is 3"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"drop_layers": ("conv1", "conv3")}, "cannot drop conv1: only conv2"),
+        ({"drop_layers": ("conv1", "conv3")}, "cannot omit conv1: choose from conv2"),
         ({"variant": "cifar-18pct", "groups": 2}, "variant cifar-18pct has no groups"),
         ({"num_classes": 0}, "num_classes 0"),
         ({"pool": (3, 0)}, "at least 1"),

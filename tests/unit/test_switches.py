@@ -155,5 +155,5 @@ def test_options_that_make_no_network_are_refused_in_one_line(dataset: Path, tmp
     network = ["--variant", "cifar-18pct", "--groups", 2, "--gpus", 0]
     error = train_error("--data", dataset, "--out", tmp_path / "b", *network)
     assert "for images of 32 pixels" in error
-    with pytest.raises(ModelError, match="cannot drop fc6"):
+    with pytest.raises(ModelError, match="cannot omit fc6"):
         AlexNet(drop_layers=("fc6",))
