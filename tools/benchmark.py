@@ -1,4 +1,4 @@
-"""Every stage of the main job against the machine's own limit and against what a user would pick instead."""
+"""Benchmark each stage against the machine's limit and against common alternatives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from tools.lib import cli
 
 STAGES = ("build", "read", "load", "lrn", "step", "train", "ranks", "scale", "peers")
-LONG = ("scale", "peers")  # 240,000 images, 5 GB of them; loaders in an environment of their own
+LONG = ("scale", "peers")  # 240,000 images with 5 GB; other loaders, in their own environment
 
 
 @click.command(
@@ -27,25 +27,25 @@ LONG = ("scale", "peers")  # 240,000 images, 5 GB of them; loaders in an environ
     multiple=True,
     default=[stage for stage in STAGES if stage not in LONG],
     show_default="all but scale, which builds 5 GB, and peers",
-    help="Measure only this; may be given again.",
+    help="Stage to measure; may be repeated.",
 )
-@cli.option("--rounds", type=click.IntRange(1), default=3, help="Turns of which the median is reported.")
-@cli.option("--batch", type=click.IntRange(2), default=128, help="Images in a batch.")
+@cli.option("--rounds", type=click.IntRange(1), default=3, help="Number of rounds; the median is reported.")
+@cli.option("--batch", type=click.IntRange(2), default=128, help="Images per batch.")
 @click.option(
     "--workers",
     type=click.IntRange(1),
     default=None,
-    show_default="cores",
-    help="Worker processes of the build.",
+    show_default="the number of cores",
+    help="Worker processes for the build.",
 )
-@cli.file_option("--json", "Write the rows as JSON too.")
-@click.option("--cpu", is_flag=True, help="Measure on the CPU even where there is a GPU.")
+@cli.file_option("--json", "Also write the results as JSON.")
+@click.option("--cpu", is_flag=True, help="Measure on the CPU even if there is a GPU.")
 @cli.option(
     "--peers-python",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=None,
-    show_default="the one of .venv-peers, which `make bench-peers` makes, else this one",
-    help="The Python interpreter that runs the other loaders of the stage peers.",
+    show_default="that of .venv-peers, which `make bench-peers` creates, else this one",
+    help="Python interpreter for the other loaders in the stage peers.",
 )
 def main(
     photographs: Path | None,
@@ -57,9 +57,10 @@ def main(
     cpu: bool,
     peers_python: Path | None,
 ) -> None:
-    """Measure each stage on PHOTOGRAPHS, class folders in train/ (and val/), on the device that is here.
+    """Measure each stage on PHOTOGRAPHS, class folders in train/ and optionally val/, on the GPU or the CPU.
 
-    Without PHOTOGRAPHS: the demo's tiles. Prints a Markdown table; ratios were taken in turns in this run.
+    Without PHOTOGRAPHS, the tiles of tools/demo.py are used. Prints a Markdown table. What is compared is
+    measured in turns.
     """
     from tools.bench.stages import measure
 

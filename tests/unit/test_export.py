@@ -246,7 +246,7 @@ def test_what_is_wrong_is_said_in_one_line(
     for arguments, code, words in (
         ((run,), 2, "nothing to write"),
         ((), 2, "give a RUN"),
-        ((run, "--onnx", "a", "--out", "b"), 2, "go with --from-torchvision"),
+        ((run, "--onnx", "a", "--out", "b"), 2, "need --from-torchvision"),
         (("--from-torchvision", "a"), 2, "needs --out"),
         ((run, "--torchvision", tmp_path / "x"), 1, "train with --variant owt"),
         (("--from-torchvision", tmp_path / "junk.pth", *back), 1, "not a file of weights"),

@@ -91,7 +91,7 @@ def test_what_is_left_out_of_a_folder_is_counted(run: Path, class_folders: Path,
         (tmp_path / "photos" / name).write_bytes(b"no image")
     done = invoke(run, tmp_path / "photos", "--json", tmp_path / "p.json")
     assert len(json.loads((tmp_path / "p.json").read_text())) == 6
-    assert done.stderr == "2 other files in the folders are no images\n"
+    assert done.stderr == "2 other files in the folders are not images\n"
 
 
 def test_neighbours_are_the_nearest_of_all_by_fc7(

@@ -48,7 +48,7 @@ def test_every_command_writes_a_picture(run: Path, dataset: Path, tmp_path: Path
     invoke("filters", run, "--out", tmp_path / "f.png")
     invoke("curves", run, "--out", tmp_path / "c.png")
     said = invoke("dataset", dataset, "--out", tmp_path / "d.png")
-    assert "train: 96 images of 4 classes (24 to 24 a class), jpeg, 3 shards" in said.stdout
+    assert "train: 96 images of 4 classes (24 to 24 per class), jpeg, 3 shards" in said.stdout
     for name in "bfcd":
         assert_picture(tmp_path / f"{name}.png")
 
