@@ -39,13 +39,13 @@ class Command:
 
     def __init__(self, arguments: list[object], before: list[str] | None = None) -> None:
         """`before`: what is put in front of the interpreter. `inject` ends what is left of it."""
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
         self.shared: set[str] = set()  # names in /dev/shm that its processes have used
         self.private: int | None = None  # descriptor of a /dev/shm of its own
         self._looked = 0.0
         call = [*(before or []), sys.executable, *map(str, arguments)]
         self.process = subprocess.Popen(
-            call, stdout=self.said, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            call, stdout=self.output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
         )
         COMMANDS.append(self)
 
@@ -62,8 +62,8 @@ class Command:
 
     def text(self) -> str:
         """Standard output and error so far."""
-        self.said.seek(0)
-        return self.said.read().decode(errors="replace")
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")
 
     def kill(self) -> None:
         """kill -9 of the main process alone; the others have to notice."""

@@ -158,25 +158,27 @@ def test_steps_to_learn_end_the_last_stay_at_the_level_of_guessing() -> None:
 
 
 def test_what_is_wrong_is_said_in_one_line(dataset: Path, tmp_path: Path) -> None:
-    def said(*arguments: object, code: int) -> str:
+    def ablate_output(*arguments: object, code: int) -> str:
         done = CliRunner().invoke(ablate.main, list(map(str, arguments)))
         assert done.exit_code == code, (done.output, done.exception)
         return done.output
 
-    assert "no claim lrm" in said(dataset, "--claims", "lrm", "--out", tmp_path / "a", code=2)
-    assert "give DATA" in said("--out", tmp_path / "a", code=2)
-    assert "no run of these claims no-lnr" in said(
+    assert "no claim lrm" in ablate_output(dataset, "--claims", "lrm", "--out", tmp_path / "a", code=2)
+    assert "give DATA" in ablate_output("--out", tmp_path / "a", code=2)
+    assert "no run of these claims no-lnr" in ablate_output(
         dataset, "--only", "no-lnr", "--out", tmp_path / "a", code=2
     )
-    assert "no activation rulu" in said(
+    assert "no activation rulu" in ablate_output(
         "--figure1", dataset, "--activations", "relu,rulu", "--out", tmp_path / "a", code=2
     )
-    assert "build_lmdb.py" in said(tmp_path / "none", "--out", tmp_path / "a", code=1)
+    assert "build_lmdb.py" in ablate_output(tmp_path / "none", "--out", tmp_path / "a", code=1)
     (tmp_path / "a").mkdir()
     with lock(tmp_path / "a" / ".lock", "not taken"):
-        assert "another tools/ablate.py" in said(dataset, "--gpus", 0, "--out", tmp_path / "a", code=1)
+        assert "another tools/ablate.py" in ablate_output(
+            dataset, "--gpus", 0, "--out", tmp_path / "a", code=1
+        )
     # a run that cannot train is named, and the table is made of the others
-    output = said(
+    output = ablate_output(
         dataset, "--out", tmp_path / "f", "--claims", "pool,ensemble", "--seeds", 1, "--epochs", 1, "--gpus", 0,
         "--", "--global-batch", 4096, code=1,
     )  # fmt: skip
@@ -231,10 +233,10 @@ def test_an_unfinished_run_goes_on_only_with_its_own_options(
         if not result:
             (tmp_path / "baseline/seed-0/result.json").unlink()
         for other in (["--dropout", "0.4"], [], ["--dropout", "0.3", "--pool", "2,2"]):
-            said = ablated(dataset, tmp_path, "lrn", *one, "--", *other, code=1)
-            assert "holds a run with other options" in said and "--dropout 0.3" in said
+            output = ablated(dataset, tmp_path, "lrn", *one, "--", *other, code=1)
+            assert "holds a run with other options" in output and "--dropout 0.3" in output
         assert not instant
-    # the same, said and computed otherwise
+    # the same options in other words, computed in another way
     same = ["--dropout=0.30", "--workers", "3", "--log-every", "7", "--pool", "3,2"]
     ablated(dataset / "train/..", tmp_path, "lrn", *one, "--threads", 1, "--", *same)
     (again,) = instant
@@ -282,7 +284,9 @@ def test_an_evaluation_is_of_the_networks_there_are(
     assert judged(1) == [paths[:1]]
 
 
-@pytest.mark.parametrize(("stop", "code", "said"), [(False, 1, "out of memory"), (True, 75, "to continue")])
+@pytest.mark.parametrize(
+    ("stop", "code", "message"), [(False, 1, "out of memory"), (True, 75, "to continue")]
+)
 def test_the_table_is_kept_when_the_evaluation_ends_early(
     dataset: Path,
     tmp_path: Path,
@@ -290,7 +294,7 @@ def test_the_table_is_kept_when_the_evaluation_ends_early(
     monkeypatch: pytest.MonkeyPatch,
     stop: bool,
     code: int,
-    said: str,
+    message: str,
 ) -> None:
     train, before = jobs.Workers.call, signal.getsignal(signal.SIGTERM)
 
@@ -306,7 +310,7 @@ def test_the_table_is_kept_when_the_evaluation_ends_early(
 
     monkeypatch.setattr(jobs.Workers, "call", call)
     output = ablated(dataset, tmp_path, "lrn,ensemble", "--seeds", 1, code=code)
-    assert said in output and "| no-lrn |" in (tmp_path / "table.md").read_text()
+    assert message in output and "| no-lrn |" in (tmp_path / "table.md").read_text()
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -27,10 +27,10 @@ def ip(*arguments: str, permitted: bool = True) -> None:
     """Fails the test when `ip` fails; skips it where that is because it is not `permitted`."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode:
-        said = f"ip {' '.join(arguments)}: {done.stderr.strip()}"
+        output = f"ip {' '.join(arguments)}: {done.stderr.strip()}"
         if permitted:
-            pytest.fail(said)
-        pytest.skip(f"network namespaces may not be made here ({said})")
+            pytest.fail(output)
+        pytest.skip(f"network namespaces may not be made here ({output})")
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def steps_logged(out: Path) -> list[dict[str, object]]:
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    said = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    return said
+    output = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(output)
+    return output
 
 
 @pytest.mark.timeout(600)  # a machine that does other work as well takes minutes
@@ -109,8 +109,8 @@ def test_a_node_that_is_killed_and_comes_back_changes_nothing(
     kill_node(nodes[1])
     assert victim.wait(30) == -signal.SIGKILL
     assert newest(killed)["step"] < newest(whole)["step"] == 12
-    said, _ = finish([survivor, start_node(nodes, 1, dataset, killed)])
-    assert "Error" in said  # the survivor's rank lost its peer, and was started again
+    output, _ = finish([survivor, start_node(nodes, 1, dataset, killed)])
+    assert "Error" in output  # the survivor's rank lost its peer, and was started again
     assert newest(killed)["step"] == 12
     assert same_weights(newest(killed), newest(whole))
     # every step once, with the same loss, learning rate and validation

@@ -43,8 +43,8 @@ def epoch_losses(out: Any) -> Any:
 def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An uninterrupted run of two epochs."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    said = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
-    chosen, first, timing, second, *_ = said.splitlines()
+    output = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
+    chosen, first, timing, second, *_ = output.splitlines()
     assert chosen.startswith("96 training images: torch's initial weights, batches of 16, rate 0.0035")
     assert re.fullmatch(r"at [\d,]+ images/s an epoch takes .+ checkpoints of \d+ MB take .+", timing)
     assert re.fullmatch(r"training on 1 x \d+ CPU threads, in (float32|bfloat16)", first)
@@ -74,8 +74,8 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole: Path, dataset: Pa
     process = subprocess.Popen(train_command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for_log(out)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and "--resume" in said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in output
     stopped = newest(out)
     assert 0 < stopped["step"] < newest(whole)["step"]
     run(*arguments, "--resume")
@@ -134,8 +134,8 @@ def test_two_ranks_stop_together_and_one_goes_on(whole: Path, dataset: Path, tmp
     ):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 75 and "--resume" in said, errors
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in output, errors
     assert "Traceback" not in errors
     assert 0 < newest(out)["step"] < newest(whole)["step"]
     run(*arguments, "--resume")
@@ -162,9 +162,9 @@ def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks: Path, dataset: 
     arguments = ["--data", dataset, "--out", tmp_path / "l", "--cpu-ranks", 2, "--amp", "off", *SMALL]
     run(*arguments, "--epochs", 1, "--layout", "hybrid")
     run(*arguments, "--epochs", 2, "--layout", "towers", "--resume")
-    mine, theirs = newest(tmp_path / "l"), newest(two_ranks)
+    ours, theirs = newest(tmp_path / "l"), newest(two_ranks)
     for key in theirs["model"]:
-        torch.testing.assert_close(mine["model"][key], theirs["model"][key], atol=5e-5, rtol=1e-3)
+        torch.testing.assert_close(ours["model"][key], theirs["model"][key], atol=5e-5, rtol=1e-3)
     logs = [
         [json.loads(x) for x in (o / "log.jsonl").read_text().splitlines() if "guessing" not in x]
         for o in (tmp_path / "l", two_ranks)
@@ -383,8 +383,8 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset: Path, tmp_pat
     )
     wait_for_log(out)
     os.killpg(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 75 and "--resume" in said, errors
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in output, errors
     assert "Traceback" not in errors
     assert newest(out)["step"] > 0
 

@@ -71,8 +71,8 @@ def test_every_command_answers(installed: Path, tmp_path: Path, command: str) ->
 def test_a_recipe_trains_from_another_folder(installed: Path, dataset: Path, tmp_path: Path) -> None:
     small = ["--gpus", 0, "--crop", 67, "--global-batch", 48, "--epochs", 1, "--workers", 1, "--no-progress"]
     options = ["--recipe", "paper", "--data", dataset, "--out", "run", *small, "--warmup-epochs", 0]
-    said = run(installed / "alexnet-train", *options, cwd=tmp_path)
-    assert "epoch 1: train loss" in said
+    output = run(installed / "alexnet-train", *options, cwd=tmp_path)
+    assert "epoch 1: train loss" in output
     assert (tmp_path / "run/checkpoint-000000002.pt").exists()
     judged = run(installed / "alexnet-evaluate", "run", "--gpus", 0, "--no-progress", cwd=tmp_path)
     assert "run/best.pt" in judged

@@ -127,6 +127,6 @@ def test_text_for_terminals_and_spreadsheets() -> None:
 def test_escape_sequences_of_names_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     DataError("no images of \x1b]0;x\x07caf\udce9\r 猫\nError: more").show()
     cli.echo("a\x1b[2J\nb")
-    said = capsys.readouterr()
-    assert said.err == "Error: no images of \\x1b]0;x\\x07caf\\xe9\\r 猫\\nError: more\n"
-    assert said.out == "a\\x1b[2J\nb\n"
+    output = capsys.readouterr()
+    assert output.err == "Error: no images of \\x1b]0;x\\x07caf\\xe9\\r 猫\\nError: more\n"
+    assert output.out == "a\\x1b[2J\nb\n"

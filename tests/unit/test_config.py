@@ -43,10 +43,10 @@ def test_few_images_get_small_batches_and_imagenet_the_papers_values(
     images: int, batch: int, lr: float, schedule: str, warmup: float
 ) -> None:
     config = Config()
-    said = config.fill(images)
+    output = config.fill(images)
     assert (config.global_batch, config.schedule, config.warmup_epochs) == (batch, schedule, warmup)
     assert (config.lr, config.init, config.variant, config.mean) == (lr, "torch", "paper", "pixel")
-    assert f"{images:,} training images" in said and f"batches of {batch}" in said and schedule in said
+    assert f"{images:,} training images" in output and f"batches of {batch}" in output and schedule in output
 
 
 def test_what_is_given_stays() -> None:
@@ -85,9 +85,9 @@ def test_help_is_in_groups_and_needs_neither_torch_nor_dali() -> None:
         "try:\n    train.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "print({'torch', 'nvidia', 'cv2', 'tqdm'} & sys.modules.keys())"
     )
-    said = run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert said.splitlines()[-1] == "set()"
-    titles = [line for line in said.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    output = run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert output.splitlines()[-1] == "set()"
+    titles = [line for line in output.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles[:6] == ["Data:", "Network:", "Training:", "Regularisation:", "Speed:", "Run:"]
 
 

@@ -153,10 +153,10 @@ def test_classes_and_confusion_add_up(
 ) -> None:
     out = tmp_path / "new folder"
     (tmp_path / "val").symlink_to(dataset / "val")  # and no train/: the mean comes with the checkpoint
-    said = invoke(
+    output = invoke(
         runs[0], "--data", tmp_path, "--csv", out / "c.csv", "--confusion", out / "c.png", "--json", "-"
     )
-    result = json.loads(said.stdout)  # and nothing else on the standard output
+    result = json.loads(output.stdout)  # and nothing else on the standard output
     (first, _), labels = reference
     guesses = first[:, CENTER].argmax(1)
     rows = list(csv.DictReader((out / "c.csv").open()))
@@ -165,8 +165,8 @@ def test_classes_and_confusion_add_up(
         own = guesses[labels == label]
         assert int(row["images"]) == len(own)
         assert float(row["top1"]) == pytest.approx((own == label).mean(), abs=1e-6)
-    hits = sum(float(row["top1"]) * int(row["images"]) for row in rows)
-    assert hits / 24 == pytest.approx(result["top1"], abs=1e-6)
+    correct = sum(float(row["top1"]) * int(row["images"]) for row in rows)
+    assert correct / 24 == pytest.approx(result["top1"], abs=1e-6)
     picture = cv2.imread(str(out / "c.png"))
     assert picture is not None and min(picture.shape[:2]) > 300
 

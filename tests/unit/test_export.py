@@ -71,9 +71,9 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run: Path, onnx_
         torch.testing.assert_close(
             torch.tensor(found), trained.network(images), rtol=0, atol=formats.TOLERANCE * np.abs(found).max()
         )
-    said = session.get_modelmeta().custom_metadata_map
-    assert json.loads(said["classes"]) == trained.classes and said["variant"] == "paper"
-    preprocess = json.loads(said["preprocess"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == trained.classes and metadata["variant"] == "paper"
+    preprocess = json.loads(metadata["preprocess"])
     mean = np.frombuffer(base64.b64decode(preprocess["mean_pixels"]), "<f4").reshape(256, 256, 3)
     assert np.array_equal(mean, trained.preprocess.mean)
     assert (preprocess["size"], preprocess["crop"], preprocess["mean_mode"]) == (256, CROP, "pixel")
@@ -85,15 +85,15 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run: Path, onnx_
         f"from {(256 - CROP) // 2}",
         "mean_pixels",
     ):
-        assert words in said["preprocess_text"]
+        assert words in metadata["preprocess_text"]
 
 
 def test_the_sentence_says_what_is_subtracted(run: Path) -> None:
     own = load_run(run).preprocess
-    said = {mode: formats.describe(replace(own, mean_mode=mode)) for mode in MEANS}
+    sentences = {mode: formats.describe(replace(own, mean_mode=mode)) for mode in MEANS}
     words = {"pixel": "mean_pixels", "channel": "channel_mean", "imagenet": "channel_mean", "none": "nothing"}
     for mode, word in words.items():
-        assert f"subtract {word}" in said[mode] or f"({word}" in said[mode]
+        assert f"subtract {word}" in sentences[mode] or f"({word}" in sentences[mode]
 
 
 def test_the_script_in_docs_agrees_with_predict(
@@ -158,15 +158,15 @@ def test_safetensors_hold_the_state_dict(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchvision_loads_owt_and_computes_the_same(owt: Path, tmp_path: Path) -> None:
-    said = invoke(owt, "--torchvision", tmp_path / "tv.pth").stdout
+    output = invoke(owt, "--torchvision", tmp_path / "tv.pth").stdout
     theirs = torchvision.models.alexnet(num_classes=4).eval()
     theirs.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True))
     trained, images = load_run(owt), noise(2, 224)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), trained.network(images), rtol=1e-4, atol=1e-4)
         # the transform that is recommended makes our inputs
-        normalized = re.search(r"Normalize\(\[(.*?)\]", said)
-        assert normalized, said
+        normalized = re.search(r"Normalize\(\[(.*?)\]", output)
+        assert normalized, output
         mean = [float(x) for x in normalized.group(1).split(",")]
         normalize = torchvision.transforms.Normalize(mean, [1 / 255] * 3)
         levels = torch.randint(0, 256, (1, 3, 224, 224)).float()

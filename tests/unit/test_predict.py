@@ -65,7 +65,7 @@ def test_a_photograph_becomes_what_the_shards_hold_and_the_loader_gives(
 def test_json_text_and_sheet_agree_with_the_network(run: Path, class_folders: Path, tmp_path: Path) -> None:
     folder = class_folders / "val" / "coffee"
     assert len(list(folder.iterdir())) == 6
-    said = invoke(run, folder, "--json", tmp_path / "p.json", "--sheet", tmp_path / "s.png", "--top", 3)
+    output = invoke(run, folder, "--json", tmp_path / "p.json", "--sheet", tmp_path / "s.png", "--top", 3)
     listed = json.loads((tmp_path / "p.json").read_text())
     paths = sorted(map(str, folder.iterdir()))
     assert [entry["image"] for entry in listed] == paths
@@ -78,7 +78,7 @@ def test_json_text_and_sheet_agree_with_the_network(run: Path, class_folders: Pa
         assert [guess["label"] for guess in entry["top"]] == best.indices.tolist()
         assert [g["probability"] for g in entry["top"]] == pytest.approx(best.values.tolist(), rel=1e-4)
         assert all(g["name"] == trained.classes[g["label"]]["wnid"] for g in entry["top"])
-    assert said.stdout.count("█") > 0 and said.stdout.count("coffee *") == len(
+    assert output.stdout.count("█") > 0 and output.stdout.count("coffee *") == len(
         [1 for entry in listed if "coffee" in [g["name"] for g in entry["top"]]]
     )
     picture = cv2.imread(str(tmp_path / "s.png"))

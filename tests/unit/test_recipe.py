@@ -71,9 +71,9 @@ def test_torch_initialisation_is_torchs_own() -> None:
     recipe.initialise(net, "torch", seed=3)
     torch.manual_seed(3)
     for layer in _layers(net):
-        mine = [p.clone() for p in layer.parameters()]
+        ours = [p.clone() for p in layer.parameters()]
         layer.reset_parameters()
-        assert all(torch.equal(a, b) for a, b in zip(mine, layer.parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ours, layer.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("scheme", set(recipe.INITS) - {"cuda-convnet"})

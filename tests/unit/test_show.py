@@ -47,8 +47,8 @@ def test_every_command_writes_a_picture(run: Path, dataset: Path, tmp_path: Path
     invoke("batch", dataset, "--images", 5, "--crop", CROP, "--step", 1, "--out", tmp_path / "b.png")
     invoke("filters", run, "--out", tmp_path / "f.png")
     invoke("curves", run, "--out", tmp_path / "c.png")
-    said = invoke("dataset", dataset, "--out", tmp_path / "d.png")
-    assert "train: 96 images of 4 classes (24 to 24 per class), jpeg, 3 shards" in said.stdout
+    output = invoke("dataset", dataset, "--out", tmp_path / "d.png")
+    assert "train: 96 images of 4 classes (24 to 24 per class), jpeg, 3 shards" in output.stdout
     for name in "bfcd":
         assert_picture(tmp_path / f"{name}.png")
 
@@ -130,8 +130,8 @@ def test_hostile_class_and_file_names_reach_pictures_and_the_terminal(dataset: P
         shutil.copytree(dataset / split, tmp_path / split)
         manifest = Manifest.load(dataset / split)
         replace(manifest, classes=classes, rejected=rejected).save(tmp_path / split)
-    said = invoke("dataset", tmp_path, "--out", tmp_path / "d.png").stdout
-    assert "rejected caf\\xe9/\\x1b[2J.jpg: truncated JPEG" in said
+    output = invoke("dataset", tmp_path, "--out", tmp_path / "d.png").stdout
+    assert "rejected caf\\xe9/\\x1b[2J.jpg: truncated JPEG" in output
     invoke("batch", tmp_path, "--images", 2, "--crop", CROP, "--out", tmp_path / "b.png")
     assert_picture(tmp_path / "d.png")
     assert_picture(tmp_path / "b.png")
