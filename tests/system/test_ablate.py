@@ -1,4 +1,4 @@
-"""tools/ablate.py: two tiny claims end to end, a second call that runs nothing, figure 1, and the numbers."""
+"""tools/ablate.py: two small claims end to end, a second call that runs nothing, figure 1, and the numbers."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tools import ablate
 from tools.ablation import figure1, jobs
 
 ROOT = Path(__file__).parents[2]
-# a crop of 63 pixels is the smallest that passes three pools
+# 63 pixels is the smallest crop that passes three pools
 TINY = ["--crop", "63", "--global-batch", "32", "--init", "torch", "--lr", "0.001"]
 
 
@@ -34,7 +34,7 @@ def command(data: Path, out: Path, *arguments: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Stopped by a signal once a run is finished, then gone on with."""
+    """An ablation that was stopped by a signal after its first run and then continued."""
     out = tmp_path_factory.mktemp("ablate") / "out"
     process = subprocess.Popen(command(dataset, out), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -100,7 +100,7 @@ def test_a_second_call_runs_nothing(finished: tuple[Path, str], dataset: Path) -
 def test_figure_1_stops_each_run_at_the_target(
     class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On four classes that any network tells apart, in shards of 32x32."""
+    """On four classes that are easy to distinguish, in shards of 32x32."""
     for split in ("train", "val"):
         source = open_source(class_folders / split, split)
         build_split(source, tmp_path / "data", Options(size=32, encoding="raw"), workers=1)
@@ -131,13 +131,13 @@ def test_the_running_error_of_an_epoch_counts_every_step_once(tmp_path: Path) ->
         text.append(json.dumps(entry | ({} if error is None else {"error": error})))
     (tmp_path / "log.jsonl").write_text("\n".join(text) + '\n{"kind": "tr')
     assert jobs.epoch_errors(tmp_path) == pytest.approx([(4 * 0.5 + 2 * 0.2) / 6, (2 * 0.1 + 4 * 0.3) / 6])
-    # half of the way from the second epoch to the third
+    # halfway between the second and the third epoch
     assert jobs.reaches([0.45, 0.35, 0.15], 0.25) == pytest.approx(2.5)
     assert jobs.reaches([0.45, 0.35], 0.25) is None and jobs.reaches([0.2], 0.25) == 1
 
 
 def test_steps_to_learn_end_the_last_stay_at_the_level_of_guessing() -> None:
-    """The level is 0.95 of the entropy of the first epoch's labels, as its last line has it."""
+    """The threshold is 0.95 of the entropy of the first epoch's labels, from its last line."""
 
     def log(*losses: float) -> list[dict[str, object]]:
         lines: list[dict[str, object]] = [
@@ -177,7 +177,7 @@ def test_what_is_wrong_is_said_in_one_line(dataset: Path, tmp_path: Path) -> Non
         assert "another tools/ablate.py" in ablate_output(
             dataset, "--gpus", 0, "--out", tmp_path / "a", code=1
         )
-    # a run that cannot train is named, and the table is made of the others
+    # a run that fails is reported, and the table has the others
     output = ablate_output(
         dataset, "--out", tmp_path / "f", "--claims", "pool,ensemble", "--seeds", 1, "--epochs", 1, "--gpus", 0,
         "--", "--global-batch", 4096, code=1,
@@ -192,7 +192,7 @@ def test_what_is_wrong_is_said_in_one_line(dataset: Path, tmp_path: Path) -> Non
 
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs and evaluations that take no time; the list of all that were started."""
+    """Runs and evaluations that take no time; returns the list of those that were started."""
     started: list[list[str]] = []
 
     def call(
@@ -216,7 +216,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def ablated(data: Path, out: Path, claims: str, *arguments: object, code: int = 0) -> str:
-    """What tools/ablate.py says, one epoch on the CPU, called in this process."""
+    """Run tools/ablate.py in this process with one epoch on the CPU; returns its output."""
     command = [data, "--out", out, "--claims", claims, "--epochs", 1, "--gpus", 0, *arguments]
     done = CliRunner().invoke(ablate.main, list(map(str, command)))
     assert done.exit_code == code, (done.output, done.exception)
@@ -241,7 +241,7 @@ def test_an_unfinished_run_goes_on_only_with_its_own_options(
     ablated(dataset / "train/..", tmp_path, "lrn", *one, "--threads", 1, "--", *same)
     (again,) = instant
     assert again[-1] == "--resume"
-    # nothing holds on to the options of a run that never got as far as a checkpoint
+    # a run without a checkpoint may be run again with other options
     (tmp_path / "baseline/seed-0/checkpoint-000000003.pt").unlink()
     (tmp_path / "baseline/seed-0/result.json").unlink()
     ablated(dataset, tmp_path, "lrn", *one)

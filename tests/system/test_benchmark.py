@@ -1,4 +1,4 @@
-"""That the stages of the benchmark run; figures are for quiet machines, not for tests."""
+"""The benchmark's stages run; their figures are not tested."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def test_each_stage_gives_its_rows(class_folders: Path, tmp_path: Path, stages: 
 
 
 def test_peers_that_are_installed_run_and_the_others_are_named(class_folders: Path, tmp_path: Path) -> None:
-    """`ours` and `dali` are always there; of the rest whatever this environment holds."""
+    """`ours` and `dali` are always available; the others only if they are installed."""
     rows, done = measure(class_folders, tmp_path / "rows.json", "peers", "--peers-python", sys.executable)
     ran = [row["what"].partition(":")[0] for row in rows]
     assert ran[:2] == ["ours", "dali"]
@@ -48,7 +48,7 @@ def test_every_peer_is_in_the_list_that_make_installs() -> None:
 def measure(
     photographs: Path, out: Path, *words: str
 ) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
-    """The rows of a short run, and the process; `words` are stages and further options."""
+    """Run the benchmark briefly; returns its rows and the process. `words` are stages and other options."""
     short = (
         "import sys, tools.bench.core as c, tools.benchmark as b; c.BUILD_IMAGES = c.LOAD_IMAGES = 1;"
         "c.Bench.seconds.__defaults__ = (0.01,); b.main(sys.argv[1:])"

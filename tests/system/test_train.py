@@ -1,4 +1,4 @@
-"""train.py as a user runs it: learns, resumes bit for bit, and says in one line what is wrong."""
+"""train.py as a user runs it: it learns, resumes bit for bit, and reports errors in one line."""
 
 import csv
 import json
@@ -21,13 +21,13 @@ from model.training.checkpoint import load
 from model.training.config import checkpoint_paths
 from model.training.log import Log
 
-# one small, quick network: images of 67 pixels' crop pass all three pools
+# small and fast: crops of 67 pixels pass all three pools
 SMALL = ["--gpus", "0", "--crop", "96", "--global-batch", "16", "--workers", "0", "--log-every", "2"]
 SMALL += ["--no-progress", "--no-tensorboard", "--decode-threads", "1"]
 
 
 def epoch_losses(out: Any) -> Any:
-    """metrics.csv's loss of each epoch, and the mean over its steps by log.jsonl."""
+    """Each epoch's loss in metrics.csv, and the mean over its steps in log.jsonl."""
     rows = list(csv.DictReader((out / "metrics.csv").open()))
     sums: dict[int, tuple[float, int]] = {}
     before = 0
@@ -87,14 +87,14 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole: Path, dataset: Pa
         for o in (out, whole)
     ]
     assert vals[0] == vals[1]
-    # the stop cut a line of the log in two, and the epoch's mean stays
+    # a log line was cut in two by the stop; the epoch's mean is still the same
     found, wanted = epoch_losses(out)
     assert found == pytest.approx(wanted, rel=1e-9)
     assert found == pytest.approx(epoch_losses(whole)[0], rel=1e-6)
 
 
 def test_an_epochs_loss_from_a_damaged_log(tmp_path: Path) -> None:
-    """What is left of the epoch counts; what was put together wrongly does not."""
+    """The remaining lines of the epoch count; lines that are out of order do not."""
 
     def line(kind: Any, epoch: Any, step: Any, loss: Any) -> Any:
         more = {"top1": 0.5, "top5": 0.9} if kind == "val" else {}
@@ -111,7 +111,9 @@ def test_an_epochs_loss_from_a_damaged_log(tmp_path: Path) -> None:
             "train", epoch=0, step=at + 10, steps=10, loss=1.0, images_per_s=1.0, lr=0.01, data_wait=0.0
         )
         log.write("val", epoch=0, step=at + 10, loss=2.0, top1=0.5, top5=0.9)
-        log.write("val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9)  # its training lines are lost
+        log.write(
+            "val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9
+        )  # its training lines are missing
         log.close()
         rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
         assert [float(row["loss"]) for row in rows if row["loss"]] == pytest.approx(wanted)
@@ -158,7 +160,7 @@ def test_two_ranks_follow_the_same_curve_as_one(two_ranks: Path, dataset: Path, 
 
 
 def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks: Path, dataset: Path, tmp_path: Path) -> None:
-    """An epoch in the hybrid layout, one in towers: as two epochs of data parallelism."""
+    """One epoch in layout hybrid and one in towers equal two epochs of data parallelism."""
     arguments = ["--data", dataset, "--out", tmp_path / "l", "--cpu-ranks", 2, "--amp", "off", *SMALL]
     run(*arguments, "--epochs", 1, "--layout", "hybrid")
     run(*arguments, "--epochs", 2, "--layout", "towers", "--resume")
@@ -177,7 +179,7 @@ def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks: Path, dataset: 
 def test_torchrun_restarts_a_run_from_its_last_checkpoint(
     two_ranks: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """One rank is killed; the launcher starts all ranks anew with the same command line."""
+    """One rank is killed; the launcher restarts all ranks with the same command line."""
     out = tmp_path / "elastic"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
@@ -197,7 +199,7 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(
     os.kill(int(ranks[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert json.loads((out / "config.json").read_text())["resume"] is True  # of the second start
+    assert json.loads((out / "config.json").read_text())["resume"] is True  # from the second start
     assert same_weights(newest(out), newest(two_ranks))
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == newest(out)["step"] == 12
@@ -235,7 +237,7 @@ def test_a_config_repeats_its_run(whole: Path, dataset: Path, tmp_path: Path) ->
 
 
 def test_weights_and_biases_get_every_curve(dataset: Path, tmp_path: Path) -> None:
-    """Against a stand-in for the package, which is an extra and wants an account."""
+    """With a substitute for the package, which needs an account."""
     (tmp_path / "wandb.py").write_text(
         "import json\n"
         "def init(**options):\n    note(['init', options['name'], options['config']['lr']])\n"
@@ -258,7 +260,7 @@ def test_weights_and_biases_get_every_curve(dataset: Path, tmp_path: Path) -> No
 
 
 def wait_for_log(out: Any) -> None:
-    """Until the first line of the log is written."""
+    """Wait until the log has its first line."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
         (out / "log.jsonl").exists() and (out / "log.jsonl").read_text()
@@ -370,7 +372,7 @@ def test_a_gpu_trains_and_resumes(dataset: Path, tmp_path: Path, extra: Any) -> 
 
 
 def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
-    """The terminal sends SIGINT to every process of the command, the readers included."""
+    """The terminal sends SIGINT to all processes of the command, including the readers."""
     out = tmp_path / "c"
     arguments = ["--data", dataset, "--out", out, "--epochs", 50, *SMALL, "--workers", "1"]
     process = subprocess.Popen(
@@ -403,7 +405,7 @@ def test_no_process_outlives_a_run(dataset: Path, tmp_path: Path) -> None:
     group = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
     shared = set.union(*(shared_memory_of(int(pid)) for pid in group))
     assert len(group) > 1 and shared
-    process.kill()  # no chance to tidy up: DALI's readers must notice by themselves
+    process.kill()  # the trainer cannot clean up: its readers must notice
     process.wait()
     for _ in range(100):
         left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, refused by name when damaged."""
+"""Checkpoints: written atomically, refused if damaged."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ def test_round_trip_and_still_an_ordinary_torch_file(tmp_path: Path) -> None:
 
 
 def test_tensors_are_saved_from_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As fake CUDA tensors show without a GPU."""
+    """Fake CUDA tensors show this without a GPU."""
     saved: list[dict[str, Any]] = []
     write = torch.save
 
@@ -132,7 +132,7 @@ def test_only_a_run_that_goes_on_is_told_how(tmp_path: Path) -> None:
 
 
 def signed(path: Path, content: bytes) -> None:
-    """Write what somebody who means harm makes: any zip, with the right checksum."""
+    """Write a malicious file: any zip, with a valid checksum."""
     content = content[:-2] + (64).to_bytes(2, "little")
     path.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
 

@@ -1,4 +1,4 @@
-"""What all commands of tools/ have in common: quick help, help for each option, what they import."""
+"""All commands of tools/: quick help, help for each option, imports, text for terminals."""
 
 import importlib
 import subprocess
@@ -28,7 +28,7 @@ def commands() -> dict[str, click.Command]:
 
 
 def python(code: str, *arguments: object) -> str:
-    """Runs code in a fresh interpreter and returns what it printed."""
+    """Run code in a new interpreter; returns its output."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -62,7 +62,7 @@ def test_every_option_has_a_sentence_and_every_command_two_examples(name: str) -
 
 @pytest.mark.parametrize("name", commands())
 def test_examples_are_valid_command_lines(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Their options exist and take those values; what the files hold is not looked at."""
+    """The options exist and accept these values; the files are not read."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photographs").mkdir()
     (tmp_path / ".venv-peers/bin").mkdir(parents=True)
@@ -110,7 +110,7 @@ for main, arguments in (
     photo = next((class_folders / "val" / "coffee").iterdir())
     predicted, exported = python(code, run, photo, tmp_path).splitlines()
     assert predicted.startswith("0 ") and (tmp_path / "sheet.png").exists()
-    assert exported.startswith("1 ") and "--variant owt" in exported  # got as far as the network
+    assert exported.startswith("1 ") and "--variant owt" in exported  # after it has loaded the network
 
 
 def test_text_for_terminals_and_spreadsheets() -> None:

@@ -1,4 +1,4 @@
-"""Config: what is not given follows from the number of images; files are converted by the options' own types."""
+"""Config: defaults that depend on the number of images, and options from files."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_every_variant_has_a_start(variant: str) -> None:
 
 
 def test_the_choices_are_those_of_the_modules_that_use_them() -> None:
-    """Written out in Config, which must not import torch."""
+    """Config repeats them because it must not import torch."""
     choices = {
         f.name: tuple(f.metadata["type"].choices)
         for f in fields(Config)
@@ -148,7 +148,7 @@ def test_a_finished_run_says_so_and_keeps_its_config(dataset: Path, tmp_path: Pa
 def test_resume_reads_a_run_folder_of_another_making_as_strictly(
     content: Any, message: str, tmp_path: Path
 ) -> None:
-    """Else `keep` 0 would delete every checkpoint but the best."""
+    """Otherwise `keep` 0 would delete all checkpoints except the best."""
     (tmp_path / "config.json").write_text(json.dumps(content))
     for step in range(3):
         (tmp_path / f"checkpoint-{step:09d}.pt").write_bytes(b"")

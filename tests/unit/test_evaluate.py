@@ -1,4 +1,4 @@
-"""tools/evaluate.py against a slow reference: one image at a time, in NumPy."""
+"""tools/evaluate.py against a slow reference in NumPy, one image at a time."""
 
 import csv
 import json
@@ -53,7 +53,7 @@ Reference = tuple[list[np.ndarray], np.ndarray]
 
 @pytest.fixture(scope="module")
 def reference(runs: list[Path], dataset: Path) -> Reference:
-    """For each run the softmax of ten views (count, 10, classes), image by image; and the labels."""
+    """For each run the softmax of the ten views of each image, (count, 10, classes); and the labels."""
     edge = 256 - CROP
     corners = [(0, 0), (0, edge), (edge, 0), (edge, edge), (edge // 2, edge // 2)]
     reader = ShardReader(dataset / "val")
@@ -152,11 +152,11 @@ def test_classes_and_confusion_add_up(
     runs: list[Path], reference: Reference, dataset: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "new folder"
-    (tmp_path / "val").symlink_to(dataset / "val")  # and no train/: the mean comes with the checkpoint
+    (tmp_path / "val").symlink_to(dataset / "val")  # without train/, because the mean is in the checkpoint
     output = invoke(
         runs[0], "--data", tmp_path, "--csv", out / "c.csv", "--confusion", out / "c.png", "--json", "-"
     )
-    result = json.loads(output.stdout)  # and nothing else on the standard output
+    result = json.loads(output.stdout)  # nothing else is on standard output
     (first, _), labels = reference
     guesses = first[:, CENTER].argmax(1)
     rows = list(csv.DictReader((out / "c.csv").open()))
@@ -189,7 +189,7 @@ def test_confusion_pairs_are_true_then_guess_and_become_a_map_of_true_rows() -> 
 
 
 def test_memory_does_not_grow_with_images_times_classes() -> None:
-    """20,000 x 20,000: a matrix of either kind would take gigabytes."""
+    """A matrix of 20,000 x 20,000 classes would take gigabytes."""
     n = 20_000
     random = np.random.default_rng(0)
     classes: Classes = [{"wnid": f"n{i:08d}", "name": f"class ${i}"} for i in range(n)]
@@ -228,7 +228,7 @@ def test_names_are_split_only_where_they_are_synonyms_and_always_tell_classes_ap
 
 
 def renamed(dataset: Path, out: Path, classes: Classes) -> tuple[Path, Path]:
-    """A copy of the data set's val with other class names, and a run trained on them."""
+    """A copy of the data set's val with other class names, and a run with these classes."""
     shutil.copytree(dataset / "val", out / "data" / "val")
     manifest = replace(Manifest.load(dataset / "val"), classes=classes)
     manifest.save(out / "data" / "val")

@@ -1,4 +1,4 @@
-"""tools/export.py: what other programs read is the same network, with all they need to use it."""
+"""tools/export.py: exported files hold the same network, with the metadata to use it."""
 
 import base64
 import json
@@ -51,7 +51,7 @@ def onnx_file(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("onnx") / "n"
     assert "within" in invoke(run, "--onnx", folder / "a.onnx").stdout
-    assert [p.name for p in folder.iterdir()] == ["a.onnx"]  # nothing beside it
+    assert [p.name for p in folder.iterdir()] == ["a.onnx"]  # no other files
     return folder / "a.onnx"
 
 
@@ -105,7 +105,7 @@ def test_the_script_in_docs_agrees_with_predict(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It knows the file alone; photographs are larger and smaller than the stored size, high and wide."""
+    """For photographs that are larger and smaller than the stored size, in portrait and landscape format."""
     tiles = sorted((class_folders / "val").rglob("*.JPEG"))
     paths = [str(path) for path in [*tiles, *photos.values()]]
     sides = [min(read_bgr(path).shape[:2]) for path in paths]
@@ -115,7 +115,7 @@ def test_the_script_in_docs_agrees_with_predict(
     monkeypatch.setattr("sys.argv", ["onnx_predict.py", str(onnx_file), *paths])
     runpy.run_path(str(ROOT / "docs/onnx_predict.py"))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 * len(paths)  # of four classes
+    assert len(lines) == 4 * len(paths)  # four classes
     for at, entry in enumerate(wanted):
         for line, guess in zip(lines[4 * at : 4 * at + 4], entry["top"], strict=True):
             matched = re.fullmatch(r"(.*): (0\.\d{4}|1\.0000) (.*)", line)
@@ -131,7 +131,7 @@ def test_the_other_variants_become_onnx_too(dataset: Path, tmp_path: Path, varia
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
     path = make_run(tmp_path / variant, dataset, variant)
-    invoke(path, "--onnx", tmp_path / "a.onnx")  # checks itself
+    invoke(path, "--onnx", tmp_path / "a.onnx")  # verifies the file
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_torchvision_loads_owt_and_computes_the_same(owt: Path, tmp_path: Path) 
     trained, images = load_run(owt), noise(2, 224)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), trained.network(images), rtol=1e-4, atol=1e-4)
-        # the transform that is recommended makes our inputs
+        # the recommended transform makes our inputs
         normalized = re.search(r"Normalize\(\[(.*?)\]", output)
         assert normalized, output
         mean = [float(x) for x in normalized.group(1).split(",")]

@@ -1,4 +1,4 @@
-"""Mixup, label smoothing and averaged weights against their formulas written out in NumPy."""
+"""Mixup, label smoothing and averaged weights against their formulas in NumPy."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_lam_is_a_pure_function_of_their_place_and_follow_beta() -> None:
     # Beta(alpha, alpha): mean 1/2, variance 1 / (4 (2 alpha + 1))
     assert a.mean() == pytest.approx(0.5, abs=0.03)
     assert a.var() == pytest.approx(1 / (4 * 1.4), rel=0.05)
-    # drawing them moves no other stream
+    # other random streams do not depend on it
     views = plan.views(3, 0)
     assert all(np.array_equal(x, y) for x, y in zip(views, Plan(4096, 4096, seed=5).views(3, 0), strict=True))
 
@@ -78,6 +78,6 @@ def test_averaged_weights_follow_the_formula_and_go_on_from_a_checkpoint() -> No
             ema = Ema(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), 0.5)
             ema.load_state_dict(saved)
     averaged = ema.network.state_dict()
-    assert int(averaged.pop("1.num_batches_tracked")) == 6  # a count is not averaged
+    assert int(averaged.pop("1.num_batches_tracked")) == 6  # counts are not averaged
     for key, value in averaged.items():
         np.testing.assert_allclose(value.numpy(), expected[key], rtol=1e-5, atol=1e-7)

@@ -1,4 +1,4 @@
-"""tools/predict.py: exactly the training's preprocessing, the right neighbours, broken images do not stop it."""
+"""tools/predict.py: the same preprocessing as in training, neighbours, and images that cannot be read."""
 
 import json
 import os
@@ -167,7 +167,7 @@ def test_names_that_begin_as_images_do_are_paths(name: bytes) -> None:
 
 
 def test_a_folder_is_read_as_the_build_reads_it(run: Path, photos: dict[str, Path], tmp_path: Path) -> None:
-    """Whatever files are called; what is called like an image and is none is an error."""
+    """Suffixes do not matter, but a file with an image's suffix that is not an image is an error."""
     names = ("a.jfif", "b.jpe", "c", "d.JPEG", "e.txt")
     for name in names:
         shutil.copy(photos["rocket"], tmp_path / name)

@@ -1,4 +1,4 @@
-"""tools/show.py: pictures that can be opened and that show the very numbers they claim to show."""
+"""tools/show.py: pictures can be opened and show the right numbers."""
 
 import base64
 import json
@@ -88,9 +88,9 @@ def test_filters_are_scaled_about_grey(run: Path) -> None:
 def test_curves_compare_runs_over_epochs(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    write_log(other, epochs=2, steps=3)  # another batch size: other steps, the same epochs
+    write_log(other, epochs=2, steps=3)  # another batch size gives other steps but the same epochs
     with (other / "log.jsonl").open("a") as file:
-        file.write('{"kind": "train", "epo')  # being written
+        file.write('{"kind": "train", "epo')  # a partial line
     figure = figures.curves_figure({"a": read_log(run), "b": read_log(other)})
     loss, accuracy = figure.axes[:2]
     assert [np.asarray(line.get_xdata()).tolist() for line in loss.lines[1::2]] == [[1, 2, 3], [1, 2]]
@@ -138,7 +138,7 @@ def test_hostile_class_and_file_names_reach_pictures_and_the_terminal(dataset: P
 
 
 class Sources(HTMLParser):
-    """Everything that a page would load."""
+    """All addresses that a page loads."""
 
     def __init__(self) -> None:
         super().__init__()

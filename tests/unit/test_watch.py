@@ -1,4 +1,4 @@
-"""Whether a run only guesses, and what it says then."""
+"""Detection of a network that only guesses, and the message."""
 
 import json
 import math
@@ -33,9 +33,7 @@ def test_a_stuck_run_is_reported_once_and_not_before_it_had_time() -> None:
     other.load_state_dict(watch.state_dict())
     assert other.warned and not other.learnt
     assert not epoch(0.6, 500) and watch.learnt
-    assert (
-        not epoch(0.69, 600, last=True) and watch.learnt
-    )  # a network that has learnt is not called stuck again
+    assert not epoch(0.69, 600, last=True) and watch.learnt  # a network that has learnt is not reported later
     short = Watch(2)
     short.add(0.69, 10, counts)
     assert short.epoch_ends(10, last=True) == pytest.approx({"loss": 0.69, "guess": math.log(2)})

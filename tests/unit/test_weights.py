@@ -1,4 +1,4 @@
-"""--weights: runs, torchvision's state dicts and safetensors, what fits and what does not."""
+"""--weights: runs, torchvision's state dicts and safetensors; layers that fit and layers that do not."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ from pipeline.preprocess import IMAGENET_MEAN
 
 
 def torchvision_state(classes: int) -> dict[str, Any]:
-    """The state dict of torchvision's alexnet: that of our `owt`, which another test holds equal."""
+    """The state dict of torchvision's alexnet, which equals that of `owt` by another test."""
     torch.manual_seed(1)
     return AlexNet(classes, "owt").state_dict()
 
@@ -102,7 +102,7 @@ def test_weights_that_unfold_are_refused_before_they_do(tmp_path: Path) -> None:
 def test_a_training_begins_with_frozen_convolutions(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run's, with that run's options; the file is read once, and not at all to resume."""
+    """From another run and with its options. The file is read once, and not at all to resume."""
     reads: list[Path] = []
 
     def counted(path: Path) -> dict[str, Any]:
