@@ -128,9 +128,7 @@ def test_the_networks_of_cuda_convnet(variant: str) -> None:
         if layer == 1:
             maps = f.max_pool2d(pad, 3, 2)
         else:
-            count = f.avg_pool2d(
-                f.pad(torch.ones_like(maps), (0, 1, 0, 1)), 3, 2
-            )  # pixels inside the map
+            count = f.avg_pool2d(f.pad(torch.ones_like(maps), (0, 1, 0, 1)), 3, 2)  # pixels inside the map
             maps = f.avg_pool2d(pad, 3, 2) / count
         if not hidden and layer < 3:  # rnorm: size 3, scale 5e-5, pow 0.75, within each map
             squares = f.pad(maps**2, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).sum((-1, -2))

@@ -44,7 +44,7 @@ def test_a_network_that_cannot_learn_says_so_and_keeps_its_rate(dataset: Path, t
     done = train_here(*options, "--epochs", 3, "--lr", 1e-12, "--init", "paper")
     assert done.exit_code == 0, done.output
     (line,) = [line for line in done.output.splitlines() if "only guesses" in line]
-    assert "classes 1.386;" in line and "--init torch" in line
+    assert "classes gives 1.386;" in line and "--init torch" in line
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     (entry,) = [entry for entry in log if entry["kind"] == "guessing"]
     assert entry["step"] == 9 and entry["guess"] == pytest.approx(math.log(4), rel=1e-4)
