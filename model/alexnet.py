@@ -30,8 +30,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 HIDDEN = 4096
 
 
-# --- one function per variant, one line per layer, with the size of its output
-# --------------------------------------
+# --- one function per variant, one line per layer, with the size of its output ---------------------------------
 
 
 def _paper(net: "_Builder") -> None:
@@ -122,9 +121,8 @@ class AlexNet(nn.Module):
             normalisation but not their pooling.
 
     Attributes:
-        options: the options from `stride` to `drop_layers` that differ from the variant's defaults, as plain
-        values.
-            Together with `num_classes`, `variant` and `image_size` they describe the network.
+        options: the options from `stride` to `drop_layers` that differ from the variant's defaults, as
+            plain values. With `num_classes`, `variant` and `image_size` they describe the network.
         convolutions: the numbers of the convolutions, in order, without the omitted ones.
 
     Raises:

@@ -9,8 +9,9 @@ training step on the CPU. There are three backends with equal results:
 
     native  a C++ kernel for the CPU (native/lrn.cpp): bfloat16 and float32, channels-last, beta 0.75; compiled on
             first use in about a second
-    triton  kernels for NVIDIA GPUs (model/triton_kernels.py): float32, float16 and bfloat16, channels-last, beta
-    0.75 eager   torch's operators: any device, dtype and memory format, without a compiler
+    triton  kernels for NVIDIA GPUs (model/triton_kernels.py): float32, float16 and bfloat16, channels-last,
+            beta 0.75
+    eager   torch's operators: any device, dtype and memory format, without a compiler
 
 "auto" is triton on a GPU and native on the CPU if the machine and the input support it, else eager. The environment
 variable ALEXNET_LRN=eager (or native, triton), read at import, replaces "auto".
