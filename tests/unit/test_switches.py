@@ -146,10 +146,10 @@ def test_the_networks_of_cuda_convnet(variant: str) -> None:
 def test_mixup_blends_pairs_that_never_lie_across_a_border(dataset: Path, tmp_path: Path) -> None:
     """The parts of ranks or micro-batches are blended as the whole batch."""
     odd = ["--mixup", 0.2, "--global-batch", 33, "--gpus", 0]
-    assert "even batch" in train_error("--data", dataset, "--out", tmp_path, *odd, code=2)
-    images, keep = torch.randn(8, 3, 2, 2), torch.rand(8)
-    parts = [mix(images[i : i + 2], keep[i : i + 2]) for i in range(0, 8, 2)]
-    assert torch.equal(torch.cat(parts), mix(images, keep))
+    assert "even number" in train_error("--data", dataset, "--out", tmp_path, *odd, code=2)
+    images, lam = torch.randn(8, 3, 2, 2), torch.rand(8)
+    parts = [mix(images[i : i + 2], lam[i : i + 2]) for i in range(0, 8, 2)]
+    assert torch.equal(torch.cat(parts), mix(images, lam))
 
 
 def test_options_that_make_no_network_are_refused_in_one_line(dataset: Path, tmp_path: Path) -> None:
