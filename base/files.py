@@ -124,11 +124,12 @@ def remove_temporary(folder: Path, names: str) -> None:
 
 
 @contextmanager
-def lock(path: Path, taken: str, wait: bool = False) -> Iterator[None]:
-    """Hold a folder, or a file, which is created, for this process.
+def lock(path: Path, taken: str, wait: bool = False) -> Iterator[int]:
+    """Lock a folder, or a file, which is created if it is missing; yields the open descriptor.
 
-    Raises UserError with the message `taken` where another holds it, unless it is to `wait`. The kernel lets go of
-    it when the process ends, however it ends. File systems without locks are not guarded; on NFS, folders are not.
+    If another process holds the lock, raises UserError with the message `taken`, or waits if `wait` is true. The
+    kernel releases the lock when the process ends, however it ends. A child process that inherits the descriptor
+    shares the lock. Does nothing on file systems without locks; NFS cannot lock folders.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:
@@ -143,6 +144,6 @@ def lock(path: Path, taken: str, wait: bool = False) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
                 raise
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
