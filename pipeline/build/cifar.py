@@ -49,7 +49,7 @@ def unpacked(archive: Path, out: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write to {folder}: {error.strerror}; name another OUT") from None
-    with lock(folder, f"another build is at work in {out}: wait for it, or stop it"):
+    with lock(folder, f"another build is running in {out}: wait for it, or stop it"):
         try:
             for leftover in folder.iterdir():
                 shutil.rmtree(leftover)

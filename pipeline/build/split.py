@@ -37,7 +37,7 @@ from pipeline.build.workspace import (
     claim,
     disk_error,
     final_of,
-    lock_folder,
+    lock_shard,
     partial_of,
     refuse_foreign,
     remove_replaced,
@@ -135,17 +135,18 @@ def build_split(
             raise DataError(
                 f"{final} was built from other images or with other options: replace it with --overwrite"
             )
-        lock, token = claim(final, partial, fingerprint, lambda: _stamp(source), resume, overwrite)
-        try:
-            resumed = 0
-            if not (partial / MANIFEST).exists():
-                resumed = _write_shards(source, partial, token, options, plan, workers, progress, make_pool)
-                _write_manifest(source, partial, token, options, plan, fingerprint)
-            remove_unfinished(partial, all_of_it=True)  # nothing strange is to be published
-            manifest = _publish(partial, final)
-        finally:
-            remove_unfinished(partial)
-            os.close(lock)
+        with claim(final, partial, fingerprint, lambda: _stamp(source), resume, overwrite) as token:
+            try:
+                resumed = 0
+                if not (partial / MANIFEST).exists():
+                    resumed = _write_shards(
+                        source, partial, token, options, plan, workers, progress, make_pool
+                    )
+                    _write_manifest(source, partial, token, options, plan, fingerprint)
+                remove_unfinished(partial, everything=True)  # no leftovers in what is published
+                manifest = _publish(partial, final)
+            finally:
+                remove_unfinished(partial)
     except OSError as error:
         raise disk_error(error, out) from None
     return _summary(source, out, manifest, resumed, started)
@@ -317,17 +318,15 @@ def write_shard(job: _ShardJob, report: Report) -> None:
     """In a worker: write one shard and, last, its note."""
     cv2.setNumThreads(1)  # one process a core already
     try:
-        # After a kill of the main process its workers may live for a moment: never two in one shard.
-        lock = lock_folder(job.partial / "work", f"{shard_name(job.number)}.lock", wait=True)
-        try:
-            if not _is_finished(job.partial, job.number, job.token, len(job.images), job.options.size):
-                _write_shard(job, report)
-        except lmdb.Error as error:
-            # LMDB calls a write that a full disk cut short an I/O error: a plain one tells the true reason.
-            (job.partial / f"{shard_name(job.number)}.probe.tmp").write_bytes(bytes(1 << 24))
-            raise DataError(f"{job.partial}: {error}; continue with --resume when that is solved") from None
-        finally:
-            os.close(lock)
+        # Workers can outlive a killed main process for a moment. The lock keeps two of them out of one shard.
+        with lock_shard(job.partial, job.number, wait=True):
+            try:
+                if not _is_finished(job.partial, job.number, job.token, len(job.images), job.options.size):
+                    _write_shard(job, report)
+            except lmdb.Error as error:
+                # LMDB reports a full disk as an I/O error. A plain write fails with the true reason.
+                (job.partial / f"{shard_name(job.number)}.probe.tmp").write_bytes(bytes(1 << 24))
+                raise DataError(f"{job.partial}: {error}; continue with --resume when it is fixed") from None
     except OSError as error:
         raise disk_error(error, job.partial.parent) from None
 

@@ -13,8 +13,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 from base.errors import DataError
@@ -160,11 +161,26 @@ class WorkerPool(JobQueue):
         ours, theirs = self._context.Pipe()
         progress = self._context.RawArray("q", 2)
         process = self._context.Process(target=_serve, args=(self._function, theirs, progress), daemon=True)
-        process.start()
-        theirs.close()
         worker = _Worker(process, ours, progress)
-        self._workers.append(worker)
+        with _interrupts_held_back():
+            process.start()
+            self._workers.append(worker)
+        theirs.close()
         return worker
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Deliver Ctrl-C after the block; processes started in it never see it, not even while they start.
+
+    The terminal sends SIGINT to the whole process group, but only the main process decides what to do.
+    """
+    resource_tracker.ensure_running()  # it would unblock SIGINT when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _processor_seconds(pid: int) -> float:
@@ -179,7 +195,6 @@ def _processor_seconds(pid: int) -> float:
 
 def _serve(function: Callable[[Any, Report], Any], pipe: connection.Connection, progress: Any) -> None:
     """The life of a worker: jobs from the pipe until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     # Decoders in C print warnings about files; what matters goes through the pipe.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     parent = os.getppid()

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import CRASH, OPTIONS, ROOT, tree, wait_until, write_parquet
+from helpers import CRASH, OPTIONS, ROOT, held_up, tree, wait_until, write_parquet
 
 import pipeline.build.split
 from base.errors import DataError
@@ -93,16 +92,6 @@ def _start(scheduler: str, source: Path, out: Path, *more: str) -> subprocess.Po
     return subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
 
 
-@contextmanager
-def _held_up(out: Path, number: int) -> Iterator[Path]:
-    """A shard that cannot be written meanwhile: --resume starts this build, and it cannot end. Gives work/."""
-    work = out / "train.partial/work"
-    work.mkdir(parents=True)
-    with (work / f"shard-{number:05d}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield work
-
-
 @pytest.mark.parametrize(
     ("address", "exposed"),
     [
@@ -140,7 +129,7 @@ def test_a_worker_killed_in_mid_build_costs_nothing(
     scheduler: str, slow_folder: Path, tmp_path: Path, local: dict[str, bytes]
 ) -> None:
     victim = _pids(scheduler)[0]
-    with _held_up(tmp_path, 11) as work:
+    with held_up(tmp_path, 11) as work:
         process = _start(scheduler, slow_folder, tmp_path, "--resume")
         wait_until(lambda: any(work.glob("shard-*.npz")))
         os.kill(victim, signal.SIGKILL)
@@ -156,7 +145,7 @@ def test_a_worker_killed_in_mid_build_costs_nothing(
 def test_ctrl_c_stops_the_workers_and_resume_goes_on(
     scheduler: str, slow_folder: Path, tmp_path: Path, local: dict[str, bytes]
 ) -> None:
-    with _held_up(tmp_path, 11) as work:
+    with held_up(tmp_path, 11) as work:
         process = _start(scheduler, slow_folder, tmp_path, "--resume")
         wait_until(lambda: any(work.glob("shard-*.npz")))
         os.killpg(process.pid, signal.SIGINT)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import CRASH, OPTIONS, ROOT, tree, wait_until
+from helpers import CRASH, OPTIONS, ROOT, held_up, tree, wait_until
 
 import pipeline.build.split
-import pipeline.build.workspace
-from base.errors import DataError
+from base.errors import DataError, UserError
+from base.files import lock
 from pipeline.build.images import prepare
 from pipeline.build.sources import find_splits, not_read, open_source
 from pipeline.build.split import Options, build_split
@@ -127,12 +127,12 @@ def slow_folders(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_resume_after_kill_9_equals_an_undisturbed_build(
     slow_folders: Path, tmp_path: Path, expected: dict[str, bytes], when: int
 ) -> None:
-    command, quiet = _command(slow_folders, tmp_path), subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
-    work = tmp_path / "train.partial/work"
-    wait_until(lambda: (work / "build.json").exists() and len(list(work.glob("*.npz"))) >= when)
-    process.kill()
-    process.wait()
+    command, quiet = _command(slow_folders, tmp_path, "--resume"), subprocess.DEVNULL
+    with held_up(tmp_path, 11) as work:
+        process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
+        wait_until(lambda: (work / "build.json").exists() and len(list(work.glob("*.npz"))) >= when)
+        process.kill()
+        process.wait()
     assert not (tmp_path / "train").exists()
     finished = {path.name: path.stat().st_mtime_ns for path in work.glob("shard-*.npz")}
     source = open_source(slow_folders / "train", "train")
@@ -153,16 +153,17 @@ def test_resume_after_kill_9_equals_an_undisturbed_build(
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_process(slow_folders: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        _command(slow_folders, tmp_path),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_until(lambda: any((tmp_path / "train.partial").glob("work/shard-*.npz")))
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=200)
+    with held_up(tmp_path, 11) as work:
+        process = subprocess.Popen(
+            _command(slow_folders, tmp_path, "--resume"),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        wait_until(lambda: any(work.glob("shard-*.npz")))
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "Traceback" not in errors and errors.splitlines()[-1] == "Interrupted: continue with --resume."
 
@@ -173,7 +174,26 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(slow_folders: Path, tmp_path: 
             return True
         return False
 
-    wait_until(group_is_gone, 10)
+    wait_until(group_is_gone)
+
+
+def test_ctrl_c_does_not_reach_a_worker_that_starts(tmp_path: Path) -> None:
+    """The module of the job interrupts the fork server that imports it, and the job its worker."""
+    (tmp_path / "interrupting.py").write_text(
+        "import multiprocessing, os, signal, sys\n"
+        "if 'forkserver' in ' '.join(sys.orig_argv): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def double(job, report): os.kill(os.getpid(), signal.SIGINT); return 2 * job\n"
+    )
+    code = (
+        "import interrupting; from pipeline.build.workers import WorkerPool\n"
+        "with WorkerPool(interrupting.double, 2) as pool:\n"
+        "    for job in range(4): pool.submit(job, job)\n"
+        "    print(sorted((number, event.result) for number, event in pool.events(lambda: None)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[(0, 0), (1, 2), (2, 4), (3, 6)]\n", "")
 
 
 def test_a_kill_at_the_very_end_is_finished_by_resume(
@@ -315,11 +335,12 @@ def test_a_build_without_a_compiler_says_so_once(
 def test_two_builds_at_once_are_refused(class_folders: Path, tmp_path: Path) -> None:
     source = open_source(class_folders / "val", "val")
     (tmp_path / "val.partial").mkdir()
-    lock = pipeline.build.workspace.lock_folder(tmp_path / "val.partial")
     for resume in (True, False):
-        with pytest.raises(DataError, match="another build is at work"):
+        with (
+            lock(tmp_path / "val.partial", ""),
+            pytest.raises(UserError, match="another build is running"),
+        ):
             build_split(source, tmp_path, OPTIONS, workers=1, resume=resume)
-    os.close(lock)
 
 
 # --- workers that die --------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def test_ctrl_c_while_unpacking_is_interrupted_like_a_build(
     # what a kill leaves is replaced, not built
     (out / cifar.UNPACKED / "train/zebra").mkdir(parents=True)
     (out / cifar.UNPACKED / "train/zebra/0.png").write_bytes(b"left")
-    busy = pytest.raises(UserError, match="another build is at work")
+    busy = pytest.raises(UserError, match="another build is running")
     with cifar.unpacked(source, out), busy, cifar.unpacked(source, out):
         pass
     (out / cifar.UNPACKED / "train/zebra").mkdir(parents=True)
