@@ -139,8 +139,9 @@ def from_devkit(
         raise DataError(
             f"{where} has image number {max(line_of.values())}, but {kit.path} labels only {len(truth)}"
         )
-    if (count := len(set(line_of.values()))) < len(truth):
-        notes.append(f"{where} has {count:,} of the {len(truth):,} validation images")
+    if missing := sorted(set(range(1, len(truth) + 1)) - set(line_of.values())):
+        names = [f"ILSVRC2012_val_{line:08d}.JPEG" for line in missing]
+        notes.append(_note_of_missing(names, len(truth), where, kit.path))
     class_of = {name: kit.wnid_of_id[truth[line - 1]] for name, line in line_of.items()}
     return of_classes(class_of, where, train_wnids or sorted(kit.wnid_of_id.values()))
 
@@ -151,15 +152,17 @@ def from_file(
     root: Path,
     train_wnids: Sequence[str] | None,
     known: Sequence[str],
-    complete: bool = True,
+    notes: list[str] | None = None,
 ) -> Labels:
     """Labels from lines `filename label`; a label is a wnid or a position in the sorted list of wnids.
 
-    complete: every line has to have its image.
+    A line without its image is an error, or is reported in `notes` if that is given.
     """
     listed, missing = _matched(path, listing, root)
-    if missing and complete:
+    if missing and notes is None:
         raise DataError(f"{path} lists {missing[0]} ({len(missing)} such), which is not among the images")
+    if missing and notes is not None:
+        notes.append(_note_of_missing(missing, len(listed) + len(missing), root, path))
     # Thumbs.db and the like have no line; a photograph without one is a mistake
     listing.leave_out(
         lambda file: file.name in listed or looks_like_image(file.name), f"no line in {path.name}"
@@ -179,6 +182,11 @@ def from_file(
         if [number for number, _ in sorted(pairs)] == list(range(len(set(folders)))):
             return of_numbers(numbers, path, train_wnids, [readable(folder) for folder in folders])
     return of_numbers(numbers, path, train_wnids, known)
+
+
+def _note_of_missing(names: Sequence[str], total: int, where: object, source: Path) -> str:
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{where} lacks {len(names):,} of the {total:,} images that {source} labels: {some}"
 
 
 def _matched(path: Path, listing: Listing, root: Path) -> tuple[dict[str, str], list[str]]:

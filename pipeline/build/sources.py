@@ -237,7 +237,7 @@ def _open_source(
         known_names = {**own_names, **known_names}
     elif beside and (beside.name == TINY_LABELS or not _class_folders(listing)):
         notes.append(f"labels: {beside}")
-        wnids, label_of = labelling.from_file(beside, listing, path, train_wnids, known, complete=False)
+        wnids, label_of = labelling.from_file(beside, listing, path, train_wnids, known, notes)
     elif _class_folders(listing):
         _prepare_class_folders(listing, path, split, notes)
         wnids, label_of = labelling.from_folders(listing, path, train_wnids, known)

@@ -122,6 +122,21 @@ def test_unpacked_validation_images_and_devkit(official: Path, tmp_path: Path) -
     assert [image[:2] for image in source.images] == [image[:2] for image in packed.images]
 
 
+def test_missing_validation_images_are_named(official: Path, tmp_path: Path) -> None:
+    flat = _folders(tmp_path / "val", {f"ILSVRC2012_val_{i:08d}.JPEG": b"x" for i in (2, 5)})
+    (flat / "Thumbs.jpg").write_bytes(b"x")
+    kit, solution = official / "ILSVRC2012_devkit_t12.tar.gz", tmp_path / "LOC_val_solution.csv"
+    names = [f"ILSVRC2012_val_{i:08d}" for i in (1, 3, 4)]
+    some = ", ".join(f"{name}.JPEG" for name in names)
+    notes = open_source(flat, "val", devkit=kit).notes
+    assert notes == [f"{flat} lacks 4 of the 6 images that {kit} labels: {some}, ..."]
+    (flat / "Thumbs.jpg").unlink()
+    rows = [f"{name},n02119789 1 2 3 4" for name in (*names, *(f"ILSVRC2012_val_{i:08d}" for i in (2, 5)))]
+    solution.write_text("\n".join(["ImageId,PredictionString", *rows]))
+    notes = open_source(flat, "val").notes
+    assert f"{flat} lacks 3 of the 5 images that {solution} labels: {some}" in notes
+
+
 def test_val_follows_the_classes_of_train(official: Path, tmp_path: Path) -> None:
     val = official / "ILSVRC2012_img_val.tar"
     more = ["n00000001", *sorted(IDS.values())]
