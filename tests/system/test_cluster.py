@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import CRASH, OPTIONS, ROOT, held_up, tree, wait_until, write_parquet
+from helpers import CRASH, OPTIONS, ROOT, held_up, tree, wait_until, webdataset, write_parquet
 
 import pipeline.build.split
 from base.errors import DataError
-from pipeline.build.sources import open_source
+from pipeline.build.sources import find_splits, open_source
 from pipeline.build.split import build_split
 from pipeline.build.workers import Done
 from pipeline.shards import ShardWriter
@@ -160,22 +160,85 @@ def test_ctrl_c_stops_the_workers_and_resume_goes_on(
     assert tree(tmp_path / "train") == local
 
 
-def test_parquet_files_give_the_same_bytes_as_here(
-    scheduler: str, class_folders: Path, tmp_path: Path
+WNIDS = ("n01440764", "n01443537", "n02100735", "n02119789")
+Pictures = dict[str, list[bytes]]  # wnid -> JPEGs
+
+
+def _kaggle(root: Path, train: Pictures, val: Pictures) -> None:
+    base, rows, number = root / "ILSVRC/Data/CLS-LOC", ["ImageId,PredictionString"], 0
+    (base / "val").mkdir(parents=True)
+    for wnid in WNIDS:
+        (base / "train" / wnid).mkdir(parents=True)
+        for i, content in enumerate(train[wnid]):
+            (base / "train" / wnid / f"{wnid}_{i}.JPEG").write_bytes(content)
+        for content in val[wnid]:
+            number += 1
+            (base / f"val/ILSVRC2012_val_{number:08d}.JPEG").write_bytes(content)
+            rows.append(f"ILSVRC2012_val_{number:08d},{wnid} 1 2 3 4")
+    (root / "LOC_val_solution.csv").write_text("\n".join(rows))
+
+
+def _tiny_imagenet(root: Path, train: Pictures, val: Pictures) -> None:
+    (root / "val/images").mkdir(parents=True)
+    lines: list[str] = []
+    for wnid in WNIDS:
+        (root / f"train/{wnid}/images").mkdir(parents=True)
+        for i, content in enumerate(train[wnid]):
+            (root / f"train/{wnid}/images/{wnid}_{i}.JPEG").write_bytes(content)
+        for content in val[wnid]:
+            name = f"val_{len(lines)}.JPEG"
+            (root / "val/images" / name).write_bytes(content)
+            lines.append(f"{name}\t{wnid}\t0\t0\t9\t9\n")
+    (root / "val/val_annotations.txt").write_text("".join(lines))
+
+
+def _class_in_name(root: Path, train: Pictures, val: Pictures) -> None:
+    for split, pictures in (("train", train), ("val", val)):
+        (root / split).mkdir(parents=True)
+        for number, (wnid, content) in enumerate((w, c) for w in WNIDS for c in pictures[w]):
+            name = f"{wnid}_{number}.JPEG" if split == "train" else f"ILSVRC2012_val_{number:08d}_{wnid}.JPEG"
+            (root / split / name).write_bytes(content)
+
+
+def _webdataset(root: Path, train: Pictures, val: Pictures) -> None:
+    root.mkdir()
+    for split, pictures in (("train", train), ("validation", val)):
+        images = {f"{w}_{i}": content for w in WNIDS for i, content in enumerate(pictures[w])}
+        labels = {key: WNIDS.index(key[:9]) for key in images}
+        for part in range(2):
+            keys = list(images)[part::2]
+            tar = webdataset({key: images[key] for key in keys}, labels)
+            (root / f"in-{split}-{part:04d}.tar").write_bytes(tar)
+
+
+def _parquet(root: Path, train: Pictures, val: Pictures) -> None:
+    for split, pictures in (("train", train), ("validation", val)):
+        rows = [(content, None, label) for label, wnid in enumerate(WNIDS) for content in pictures[wnid]]
+        for part in range(2):
+            path = root / f"data/{split}-{part:05d}-of-00002.parquet"
+            write_parquet(path, rows[part::2], [f"the {wnid}" for wnid in WNIDS])
+
+
+@pytest.mark.parametrize("make", [_kaggle, _tiny_imagenet, _class_in_name, _webdataset, _parquet])
+def test_each_form_of_source_gives_the_same_bytes_as_here(
+    scheduler: str, class_folders: Path, tmp_path: Path, make: Callable[[Path, Pictures, Pictures], None]
 ) -> None:
-    folders = sorted((class_folders / "train").iterdir())
-    rows = [
-        (path.read_bytes(), None, label) for label, f in enumerate(folders) for path in sorted(f.iterdir())
-    ]
-    for number in range(2):
-        file = tmp_path / f"source/train-{number:05d}-of-00002.parquet"
-        write_parquet(file, rows[number::2], [folder.name for folder in folders])
-    source = open_source(tmp_path / "source", "train")
-    build_split(source, tmp_path / "local", OPTIONS, workers=1)
-    with cluster_module.Cluster(scheduler, tmp_path / "source", tmp_path) as cluster:
-        summary = build_split(source, tmp_path / "out", OPTIONS, workers=1, make_pool=cluster.pool)
-    assert summary.accepted == 96 and not summary.rejected
-    assert tree(tmp_path / "out/train") == tree(tmp_path / "local/train")
+    folders = sorted((class_folders / "val").iterdir())
+    pictures = {w: [p.read_bytes() for p in sorted(f.iterdir())] for w, f in zip(WNIDS, folders, strict=True)}
+    root = tmp_path / "source"
+    wnids: list[str] | None = None
+    make(root, {w: p[:4] for w, p in pictures.items()}, {w: p[4:] for w, p in pictures.items()})
+    counts = {}
+    with cluster_module.Cluster(scheduler, root, tmp_path) as cluster:
+        for split, path in find_splits(root).items():
+            source = open_source(path, split, train_wnids=wnids)
+            wnids = source.wnids
+            build_split(source, tmp_path / "local", OPTIONS, workers=1)
+            summary = build_split(source, tmp_path / "out", OPTIONS, workers=1, make_pool=cluster.pool)
+            assert not summary.rejected
+            counts[split] = summary.accepted
+    assert counts == {"train": 16, "val": 8}
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
 
 
 real_write_shard = pipeline.build.split.write_shard
