@@ -11,10 +11,11 @@ import gzip
 import io
 import re
 import struct
+import sys
 import tarfile
 import unicodedata
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from base.errors import DataError
@@ -28,7 +29,7 @@ _DEVKIT_MEMBERS = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})[._]")
 _CLASS_IN_NAME = re.compile(r"_(n\d{8})\.[^./]+$|(?:^|/|\d_)(n\d{8})_\d+\.[^./]+$")
 
-Labels = tuple[list[str], dict[str, int]]  # wnids, and the label of every name
+Labels = tuple[list[str], list[int]]  # the wnids; the label of each image, in order
 
 
 def readable(name: str) -> str:
@@ -48,9 +49,10 @@ def in_order(classes: Iterable[str]) -> list[str]:
     return sorted(names)
 
 
-def of_classes(class_of: Mapping[str, str], where: object, train_wnids: Sequence[str] | None) -> Labels:
-    """Labels from the class of each image, in the order of the training set where there is one."""
-    used = {readable(name) for name in set(class_of.values())}
+def of_classes(classes: Collection[str], where: object, train_wnids: Sequence[str] | None) -> Labels:
+    """Labels from the class of each image. The classes are those of the training set, if there is one."""
+    names = {name: readable(name) for name in set(classes)}
+    used = set(names.values())
     wnids = list(train_wnids) if train_wnids else in_order(used)
     number = {readable(wnid): label for label, wnid in enumerate(wnids)}
     if unknown := sorted(used - number.keys()):
@@ -59,15 +61,15 @@ def of_classes(class_of: Mapping[str, str], where: object, train_wnids: Sequence
             f"class {unknown[0]}{more} of {where} is not in the training set: "
             "use the same classes, or build the training set again"
         )
-    labels = {name: number[readable(name)] for name in set(class_of.values())}
-    return wnids, {name: labels[wnid] for name, wnid in class_of.items()}
+    return wnids, [number[names[name]] for name in classes]
 
 
 def of_numbers(
-    number_of: Mapping[str, int], where: object, train_wnids: Sequence[str] | None, known: Sequence[str]
+    numbers: Iterable[int], where: object, train_wnids: Sequence[str] | None, known: Sequence[str]
 ) -> Labels:
-    """Labels from a number for each image; `known`: the classes in order, where they are known."""
-    used = set(number_of.values())
+    """Labels from the number of each image. `known`: the wnids in order, empty if they are not known."""
+    labels = list(numbers)
+    used = set(labels)
     wnids = list(train_wnids or known)
     if not wnids:
         if used == set(range(1, len(used) + 1)):
@@ -79,21 +81,21 @@ def of_numbers(
         raise DataError(
             f"{where} has label {bad[0]}, but there are only {len(wnids)} classes, numbered from 0"
         )
-    return wnids, dict(number_of)
+    return wnids, labels
 
 
 def from_folders(
     listing: Listing, where: object, train_wnids: Sequence[str] | None, known: Sequence[str]
 ) -> Labels:
-    """Labels from class folders, which may be numbers (ImageNetV2) where the classes of training have names."""
-    class_of = {file.name: file.name.partition("/")[0] for file in listing.files}
-    used = set(class_of.values())
+    """Labels from class folders. They may be numbers (ImageNetV2) even if the training classes have names."""
+    classes = [sys.intern(file.name.partition("/")[0]) for file in listing.files]
+    used = set(classes)
     numbers = all(name.isascii() and name.isdecimal() for name in used)
     if numbers and train_wnids and not used <= set(train_wnids):
-        return of_numbers({name: int(number) for name, number in class_of.items()}, where, train_wnids, [])
+        return of_numbers(map(int, classes), where, train_wnids, [])
     if numbers and not train_wnids and len(used) == len(known):
-        return of_numbers({name: int(number) for name, number in class_of.items()}, where, None, known)
-    return of_classes(class_of, where, train_wnids)
+        return of_numbers(map(int, classes), where, None, known)
+    return of_classes(classes, where, train_wnids)
 
 
 def from_names(listing: Listing) -> dict[str, str]:
@@ -109,15 +111,19 @@ def from_given(
     listing: Listing, where: object, train_wnids: Sequence[str] | None, known: Sequence[str]
 ) -> tuple[Labels, dict[str, str]]:
     """Labels that archives hold themselves, numbers or names of classes; and readable names where known."""
-    if not all(label.isdecimal() for label in set(listing.given.values())):
-        return of_classes(listing.given, where, train_wnids), {}
-    numbers = {name: int(label) for name, label in listing.given.items()}
-    wnids = from_names(listing)
-    pairs = {(numbers[name], wnid) for name, wnid in wnids.items()}
-    if len(wnids) == len(numbers) and len(pairs) == len({n for n, _ in pairs}) == len({w for _, w in pairs}):
+    given = [listing.given[file.name] for file in listing.files]
+    if not all(label.isdecimal() for label in set(given)):
+        return of_classes(given, where, train_wnids), {}
+    numbers = [int(label) for label in given]
+    wnid_of = from_names(listing)
+    pairs = {
+        (number, wnid_of.get(file.name, "")) for number, file in zip(numbers, listing.files, strict=True)
+    }
+    wnids = {wnid for _, wnid in pairs}
+    if "" not in wnids and len(pairs) == len({number for number, _ in pairs}) == len(wnids):
         names = {wnid: listing.class_names[n] for n, wnid in pairs if n < len(listing.class_names)}
-        if not train_wnids or {wnid for _, wnid in pairs} <= set(train_wnids):
-            return of_classes(wnids, where, train_wnids), names
+        if not train_wnids or wnids <= set(train_wnids):
+            return of_classes([wnid_of[file.name] for file in listing.files], where, train_wnids), names
     if len(listing.class_names) and not train_wnids and len(known) != len(listing.class_names):
         known = [f"{number:04d}" for number in range(len(listing.class_names))]
         return of_numbers(numbers, where, None, known), dict(zip(known, listing.class_names, strict=True))
@@ -142,8 +148,8 @@ def from_devkit(
     if missing := sorted(set(range(1, len(truth) + 1)) - set(line_of.values())):
         names = [f"ILSVRC2012_val_{line:08d}.JPEG" for line in missing]
         notes.append(_note_of_missing(names, len(truth), where, kit.path))
-    class_of = {name: kit.wnid_of_id[truth[line - 1]] for name, line in line_of.items()}
-    return of_classes(class_of, where, train_wnids or sorted(kit.wnid_of_id.values()))
+    classes = [kit.wnid_of_id[truth[line_of[file.name] - 1]] for file in listing.files]
+    return of_classes(classes, where, train_wnids or sorted(kit.wnid_of_id.values()))
 
 
 def from_file(
@@ -171,17 +177,22 @@ def from_file(
         raise DataError(
             f"{path} has no line for {unlisted[0]} ({len(unlisted)} such): every image needs a label"
         )
+    # Rejected files with a line count too: a class keeps its place even if none of its images can be used.
     used = set(listed.values())
     numeric = all(label.isascii() and label.isdecimal() for label in used)
     if not numeric or (train_wnids and used <= set(train_wnids)):
-        return of_classes(listed, path, train_wnids)
-    numbers = {name: int(label) for name, label in listed.items()}
-    if not known and all("/" in name for name in numbers):  # Caffe's lists of class folders: those have names
-        pairs = {(number, name.partition("/")[0]) for name, number in numbers.items()}
-        folders = [folder for _, folder in sorted(pairs)]
-        if [number for number, _ in sorted(pairs)] == list(range(len(set(folders)))):
-            return of_numbers(numbers, path, train_wnids, [readable(folder) for folder in folders])
-    return of_numbers(numbers, path, train_wnids, known)
+        wnids, labels = of_classes(listed.values(), path, train_wnids)
+    else:
+        numbers = list(map(int, listed.values()))
+        if not known and all(
+            "/" in name for name in listed
+        ):  # a list of Caffe's: the folders are the classes
+            pairs = sorted(set(zip(numbers, (name.partition("/")[0] for name in listed), strict=True)))
+            if [number for number, _ in pairs] == list(range(len({folder for _, folder in pairs}))):
+                known = [readable(folder) for _, folder in pairs]
+        wnids, labels = of_numbers(numbers, path, train_wnids, known)
+    label_of = dict(zip(listed, labels, strict=True))
+    return wnids, [label_of[file.name] for file in listing.files]
 
 
 def _note_of_missing(names: Sequence[str], total: int, where: object, source: Path) -> str:

@@ -231,21 +231,22 @@ def _open_source(
     listing.files.sort()
 
     if labels:
-        wnids, label_of = labelling.from_file(labels, listing, path, train_wnids, known)
+        wnids, numbers = labelling.from_file(labels, listing, path, train_wnids, known)
     elif archives:
-        (wnids, label_of), own_names = labelling.from_given(listing, path, train_wnids, known)
+        (wnids, numbers), own_names = labelling.from_given(listing, path, train_wnids, known)
         known_names = {**own_names, **known_names}
     elif beside and (beside.name == TINY_LABELS or not _class_folders(listing)):
         notes.append(f"labels: {beside}")
-        wnids, label_of = labelling.from_file(beside, listing, path, train_wnids, known, notes)
+        wnids, numbers = labelling.from_file(beside, listing, path, train_wnids, known, notes)
     elif _class_folders(listing):
         _prepare_class_folders(listing, path, split, notes)
-        wnids, label_of = labelling.from_folders(listing, path, train_wnids, known)
+        wnids, numbers = labelling.from_folders(listing, path, train_wnids, known)
     elif class_of := labelling.from_names(listing):
         listing.leave_out(lambda file: file.name in class_of, "no class in its name")
-        wnids, label_of = labelling.of_classes(class_of, path, train_wnids)
+        classes = [class_of[file.name] for file in listing.files]
+        wnids, numbers = labelling.of_classes(classes, path, train_wnids)
     elif kit and listing.files:
-        wnids, label_of = labelling.from_devkit(kit, listing, path, train_wnids, notes)
+        wnids, numbers = labelling.from_devkit(kit, listing, path, train_wnids, notes)
     elif listing.files:
         raise DataError(
             f"{path} has no class folders: give the labels with --labels FILE or --devkit {DEVKIT}.tar.gz"
@@ -255,7 +256,9 @@ def _open_source(
     if not listing.files:
         why = f" that can be tried: {listing.rejected[0][1]}" if listing.rejected else ""
         raise DataError(f"{path} holds no images{why}; name a folder of class folders")
-    images = [file._replace(label=label_of[file.name]) for file in listing.files]
+    images = listing.files
+    for index, number in enumerate(numbers):  # in place: a second list would double the memory
+        images[index] = images[index]._replace(label=number)
     return Source(root, split, images, wnids, known_names, sorted(listing.rejected), notes)
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,26 +165,24 @@ def _summary(source: Source, out: Path, manifest: Manifest, resumed: int, starte
     )
 
 
-def _plan(source: Source, options: Options) -> list[list[int]]:
-    """Which images go into which shard: a seeded shuffle, cut into pieces of (nearly) one length."""
+def _plan(source: Source, options: Options) -> list[np.ndarray]:
+    """Indices of the images of each shard: a seeded shuffle, cut into pieces of (nearly) equal length."""
     count = len(source.images)
-    # A row group of a parquet file is read as a whole: they are shuffled, and what lies in one stays together.
-    groups: dict[tuple[str, int], list[int]] = {}
-    for index, image in enumerate(source.images):
-        in_rows = image.file.endswith(".parquet")
-        groups.setdefault((image.file, image.length) if in_rows else ("", index), []).append(index)
-    # Sorting raw random numbers: unlike `permutation`, NumPy promises this stream for all versions.
-    shuffled = np.argsort(np.random.Philox(key=options.seed).random_raw(len(groups)), kind="stable")
-    members = list(groups.values())
-    order = [index for group in shuffled for index in members[group]]
+    group = np.arange(count)
+    if source.images[0].file.endswith(".parquet"):  # row groups are read whole, so each stays together
+        groups: dict[tuple[str, int], int] = {}
+        group[:] = [groups.setdefault((i.file, i.length), len(groups)) for i in source.images]
+    # argsort of raw random numbers: NumPy guarantees this stream for all versions, unlike `permutation`
+    shuffled = np.argsort(np.random.Philox(key=options.seed).random_raw(group.max() + 1), kind="stable")
+    order = np.argsort(np.argsort(shuffled)[group], kind="stable")
     if options.images_per_shard:
         shards = math.ceil(count / options.images_per_shard)
     else:
         shards = max(math.ceil(count / MAX_IMAGES_PER_SHARD), min(MIN_SHARDS, math.ceil(count / MIN_IMAGES)))
-    return [piece.tolist() for piece in np.array_split(np.array(order, np.int64), shards)]
+    return np.array_split(order, shards)
 
 
-def _fingerprint(source: Source, options: Options, plan: list[list[int]]) -> str:
+def _fingerprint(source: Source, options: Options, plan: list[np.ndarray]) -> str:
     """Equal only when the finished data set would be equal, so far as can be told without reading images."""
     digest = hashlib.sha256()
     chosen = {key: value for key, value in asdict(options).items() if key != "strict" or value}
@@ -201,13 +199,12 @@ def _stamp(source: Source) -> str:
     Not in the manifest: a copy of the images has other times, and is the same data set.
     """
     digest = hashlib.sha256()
-    if source.path.is_dir():
-        paths: list[Path] = [
-            source.path / name for name in dict.fromkeys(i.file or i.name for i in source.images)
-        ]
+    if not source.path.is_dir():
+        paths: Iterable[str] = [os.fspath(source.path)]
     else:
-        paths = [source.path]
-    for path in map(os.fspath, paths):
+        names: Iterable[str] = dict.fromkeys(i.file for i in source.images if i.file)
+        paths = (os.path.join(source.path, name) for name in names or (i.name for i in source.images))  # noqa: PTH118
+    for path in paths:
         try:
             file = os.stat(path)  # noqa: PTH116 - a million times
             digest.update(b"%d %d\n" % (file.st_size, file.st_mtime_ns))
@@ -264,7 +261,7 @@ def _write_shards(
     partial: Path,
     token: str,
     options: Options,
-    plan: list[list[int]],
+    plan: list[np.ndarray],
     workers: int,
     progress: Callable[[int, int], None],
     make_pool: Callable[..., Any] | None = None,
@@ -273,7 +270,7 @@ def _write_shards(
     jobs = {}
     for number, piece in enumerate(plan):
         if not _is_finished(partial, number, token, len(piece), options.size):
-            images = [source.images[index] for index in piece]
+            images = [source.images[index] for index in piece.tolist()]
             jobs[number] = _ShardJob(number, partial, token, source.path, images, options)
     total = len(source.images)
     resumed = done = total - sum(len(job.images) for job in jobs.values())
@@ -403,7 +400,7 @@ def _read(reader: RawReader, image: RawImage, source: Path) -> bytes:
 
 
 def _write_manifest(
-    source: Source, partial: Path, token: str, options: Options, plan: list[list[int]], fingerprint: str
+    source: Source, partial: Path, token: str, options: Options, plan: list[np.ndarray], fingerprint: str
 ) -> None:
     """Add up the shards' notes: mean.npy and the manifest, whose presence says that all is there."""
     sums = np.zeros((options.size, options.size, 3), np.int64)
