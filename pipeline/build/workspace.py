@@ -1,4 +1,4 @@
-"""The folders of a build that is not finished: OUT/<split>.partial, its lock, and what may be deleted."""
+"""The folder of an unfinished build, OUT/<split>.partial: its lock, and which files can be deleted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from base.errors import DataError, UserError
 from base.files import lock, read_regular, write_atomic
-from pipeline.shards import MANIFEST, Manifest, foreign, shard_name
+from pipeline.shards import MANIFEST, Manifest, find_foreign_entry, shard_name
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def _take_over(final: Path, partial: Path, fingerprint: str, stamp: Callable[[],
 
 
 def _checked(known: Any) -> dict[str, Any]:
-    """What build.json says; ValueError unless it is as `claim` writes it: the token becomes part of file names."""
+    """Check the content of build.json, whose token becomes part of file names; ValueError if it is not valid."""
     if (
         not isinstance(known, dict)
         or not isinstance(known.get("overwrite"), bool)
@@ -91,9 +91,9 @@ def _checked(known: Any) -> dict[str, Any]:
 
 
 def refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
-    """DataError where OUT/<split> is not to be built: it is there, or begun, or what no build has made is.
+    """Raise an error if OUT/<split> exists, was started, or holds files that no build made.
 
-    Names of files tell that, so that it can be known before a million images are listed.
+    This looks only at file names, so that it can be called before a million images are listed.
     """
     try:
         _refuse_taken(final_of(final.parent, final.name), resume, overwrite)
@@ -103,7 +103,7 @@ def refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
 
 def _refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
     partial = partial_of(final)
-    ours = started_of(partial).exists() and not overwrite  # it is resumed, and nothing in it is deleted
+    ours = started_of(partial).exists() and not overwrite  # a resumed build deletes no other files
     for directory in (final, replaced_of(final), *([] if ours else [partial])):
         refuse_foreign(directory)
     if not (resume or overwrite):
@@ -111,14 +111,14 @@ def _refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
             with _lock(partial):  # another build may be running
                 pass
             raise DataError(
-                f"{partial} is an unfinished build: continue it with --resume, or use --overwrite"
+                f"{partial} is an unfinished build: continue it with --resume, or replace it with --overwrite"
             )
         if final.exists():
-            raise DataError(f"{final} already exists: replace it with --overwrite, or name another OUT")
+            raise DataError(f"{final} already exists: replace it with --overwrite, or give another OUT")
 
 
 def final_of(out: Path, split: str) -> Path:
-    """OUT/<split>; where that is a link to another disk, the folder there, so that all renames stay on one disk."""
+    """OUT/<split>, or its target if that is a link, so that all renames stay on one disk."""
     final = out / split
     return final.resolve() if final.is_symlink() else final
 
@@ -132,13 +132,13 @@ def started_of(partial: Path) -> Path:
 
 
 def refuse_foreign(directory: Path) -> None:
-    """DataError instead of deleting what no build has made."""
-    if other := foreign(directory):
-        raise DataError(f"{directory} {other}, which no build made: move it away, or name another OUT")
+    """Raise DataError if `directory` holds anything that no build made, so that it is never deleted."""
+    if other := find_foreign_entry(directory):
+        raise DataError(f"{directory} {other}, which no build made: move it away, or give another OUT")
 
 
 def _remove_tree(directory: Path) -> None:
-    """rmtree, also while a job that is about to stop still makes or renames something in there."""
+    """Remove a folder in which a job that is about to stop may still create or rename files."""
     for _ in range(20):
         shutil.rmtree(directory, ignore_errors=True)
         if not directory.exists():
@@ -175,17 +175,18 @@ def remove_unfinished(partial: Path, everything: bool = False) -> None:
 
 
 def disk_error(error: OSError, out: Path) -> DataError:
+    """The one-line error for a failed write."""
     if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
-        return DataError(f"the disk of {out} is full: make room, then continue with --resume")
+        return DataError(f"the disk of {out} is full: free some space, then continue with --resume")
     if error.errno == errno.EROFS or error.errno == errno.EACCES:
-        return DataError(f"cannot write to {error.filename or out}: {error.strerror}; name another OUT")
+        return DataError(f"cannot write to {error.filename or out}: {error.strerror}; give another OUT")
     return DataError(
-        f"{error.filename or out}: {error.strerror or error}; continue with --resume when that is solved"
+        f"{error.filename or out}: {error.strerror or error}; continue with --resume when it is fixed"
     )
 
 
 def replaced_of(final: Path) -> Path:
-    """Where --overwrite puts the old data set for the moment between two renames."""
+    """Where --overwrite keeps the old data set between two renames."""
     return final.with_name(final.name + ".replaced")
 
 

@@ -257,7 +257,7 @@ def _write_shard_or_die(job: Any, report: Any) -> None:
     real = pipeline.build.split.prepare_bgr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.build.split, "prepare_bgr", decoder)
-        patch.setattr(cluster_module, "SECONDS_AN_ITEM", 1.0)  # for a quick test
+        patch.setattr(cluster_module, "MAX_SECONDS_PER_ITEM", 1.0)  # for a quick test
         real_write_shard(job, report)
 
 
@@ -274,7 +274,7 @@ def test_files_that_kill_workers_are_rejected_as_on_one_machine(
     (folder / "rocket/slow.JPEG").write_bytes(HANG)
     source = open_source(folder, "val")
     monkeypatch.setattr(pipeline.build.split, "write_shard", _write_shard_or_die)
-    monkeypatch.setattr(pipeline.build.workers, "SECONDS_AN_ITEM", 1.0)
+    monkeypatch.setattr(pipeline.build.workers, "MAX_SECONDS_PER_ITEM", 1.0)
     build_split(source, tmp_path / "local", OPTIONS, workers=2)
     with distributed.Client(scheduler, set_as_default=False) as client:  # as a killed build leaves it
         client.run_on_scheduler(_set_failures, 0)
@@ -287,7 +287,7 @@ def test_files_that_kill_workers_are_rejected_as_on_one_machine(
         {"source": "coffee/evil.JPEG", "reason": "crashed the decoder"},
         {
             "source": "rocket/slow.JPEG",
-            "reason": f"takes more than {pipeline.build.split.SECONDS_AN_ITEM:.0f} s to decode",
+            "reason": f"takes more than {pipeline.build.split.MAX_SECONDS_PER_ITEM:.0f} s to decode",
         },
     ]
     assert tree(tmp_path / "val") == tree(tmp_path / "local/val")
@@ -324,7 +324,7 @@ class _Zombie(threading.Thread):
         assert self.held.wait(60)
 
     def run(self) -> None:
-        place = cluster_module._Place(self.path)
+        place = cluster_module._PositionFile(self.path)
         try:
             pipeline.build.split.write_shard(self.job, place.report)
         except DataError as error:
@@ -377,7 +377,7 @@ def test_a_job_of_a_killed_build_leaves_the_next_one_alone(
         build_split(source, tmp_path, OPTIONS, workers=1, make_pool=lambda *_: _Pool(killed))
     assert zombies[0].path.exists()
     build_split(source, tmp_path, other, workers=1, overwrite=True, make_pool=lambda *_: _Pool(write))
-    assert "nobody waits for this shard" in zombies[0].error
+    assert "the build that needed this shard has ended" in zombies[0].error
     assert tree(tmp_path / "val") == tree(tmp_path / "want/val")
 
 
@@ -403,7 +403,7 @@ def test_ctrl_c_takes_nothing_from_a_job_that_is_about_to_stop(
     left = [path.name.split(".")[0] + path.suffix for path in partial.glob("shard-*")]
     assert left == (["shard-00000.tmp"] if where == "before" else ["shard-00000"])
     zombies[0].finish()
-    assert "nobody waits for this shard" in zombies[0].error
+    assert "the build that needed this shard has ended" in zombies[0].error
     assert not list(partial.glob("*.tmp")) and not list(partial.glob("work/*.npz"))
     build_split(source, tmp_path, OPTIONS, workers=1, resume=True)
     assert tree(tmp_path / "val") == tree(tmp_path / "want/val")
@@ -418,7 +418,7 @@ def test_a_note_without_its_shard_is_not_believed(class_folders: Path, tmp_path:
             pipeline.build.split.write_shard(job, lambda _: None)
         os.truncate(tmp_path / "val.partial/shard-00001/data.mdb", 4096)
 
-    with pytest.raises(DataError, match="shard-00001 is not whole: continue with --resume"):
+    with pytest.raises(DataError, match="shard-00001 is incomplete: continue with --resume"):
         build_split(source, tmp_path, OPTIONS, workers=1, make_pool=lambda *_: _Pool(write))
     summary = build_split(source, tmp_path, OPTIONS, workers=1, resume=True)
     assert summary.resumed == 16
@@ -451,7 +451,7 @@ def test_few_jobs_are_under_way_at_once(scheduler: str, class_folders: Path, tmp
 
 def test_what_workers_cannot_see_is_said_before_any_work(scheduler: str, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"the worker tcp://.* cannot read .*nowhere: SOURCE has to be on"
+        DataError, match=r"the worker tcp://.* cannot read .*nowhere: SOURCE must be on"
     ) as error:
         cluster_module.Cluster(scheduler, tmp_path / "nowhere", tmp_path)
     assert "\n" not in error.value.message
@@ -463,17 +463,17 @@ def test_what_else_is_wrong_with_a_worker(tmp_path: Path, monkeypatch: pytest.Mo
     token = tmp_path / "token"
 
     def look(wanted: dict[str, str] = versions) -> str | None:
-        answer: str | None = cluster_module._look_around("/", str(token), wanted)
+        answer: str | None = cluster_module._check_worker("/", str(token), wanted)
         return answer
 
-    assert "OUT has to be on a file system that all workers share" in str(look())
+    assert "OUT must be on a file system that all workers share" in str(look())
     token.write_text("token")
-    assert "the lock of another machine is not seen" in str(look())
+    assert "it does not see the lock of another machine" in str(look())
     with token.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert look() is None
         for name in versions:
-            assert f"has {name} {versions[name]}, not 0, and would store" in str(
+            assert f"has {name} {versions[name]} instead of 0 and would store" in str(
                 look({**versions, name: "0"})
             )
 
@@ -505,11 +505,11 @@ def test_workers_with_several_threads_are_refused(class_folders: Path, tmp_path:
         with distributed.Client(local.scheduler_address, set_as_default=False) as client:  # joined later
             pool = cluster_module.ClusterPool(client, print, local.scheduler_address)
             with pytest.raises(DataError, match=wanted):
-                pool._look()
+                pool._update()
             serve = client.submit(cluster_module._serve, print, None, tmp_path, cluster_module._versions())
             assert serve.result(timeout=200) == (
-                "data error",
-                f"a worker that joined later {wanted}, and one worker a core with `--nworkers`",
+                "user error",
+                f"a worker that joined later {wanted}, and one worker per core with `--nworkers`",
             )
 
 
@@ -520,9 +520,9 @@ def test_a_build_without_workers_says_so_once(
     client: Any = SimpleNamespace(status="running", nthreads=dict)
     pool = cluster_module.ClusterPool(client, print, "tcp://host:1")
     for _ in range(3):
-        pool._looked = -1.0
-        pool._look()
-    said = "no worker is left, the build waits for one: start `dask worker tcp://host:1 --nthreads 1`"
+        pool._last_update = -1.0
+        pool._update()
+    said = "no worker is left, and the build waits for one: start `dask worker tcp://host:1 --nthreads 1`"
     assert capsys.readouterr().err.split("\n") == ["", said, ""]
 
 

@@ -275,7 +275,7 @@ def test_hostile_tar_members_are_rejected_and_nothing_is_written(tmp_path: Path)
     assert "link" in reasons["n1/soft.JPEG"] and "link" in reasons["n1/hard.JPEG"]
     assert reasons["n1/device.JPEG"] == reasons["n1/fifo.JPEG"] == "not a regular file"
     assert "twice" in reasons["n1/good.JPEG"]
-    assert all("cut short" in reasons[f"n{i}.tar"] for i in (2, 3, 4))
+    assert all("truncated" in reasons[f"n{i}.tar"] for i in (2, 3, 4))
     assert reasons["loose.txt"] == "not in a class"
     assert len(reasons) == 11
     assert list(tmp_path.rglob("*")) == [path.parent, path]
@@ -301,7 +301,7 @@ def test_every_cut_of_a_tar_is_noticed(official: Path, tmp_path: Path) -> None:
     path = tmp_path / "train.tar"
     for length in [0, 100, 512, 700, *range(1024, end, 3571), end]:
         path.write_bytes(content[:length])
-        with pytest.raises(DataError, match=r"cut short|neither") as caught:
+        with pytest.raises(DataError, match=r"truncated|neither") as caught:
             open_source(path, "train")
         assert "\n" not in caught.value.message
 
@@ -318,7 +318,7 @@ def test_errors_in_one_line(official: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--labels FILE or --devkit"):
         open_source(flat, "val")
     kit = official / "ILSVRC2012_devkit_t12.tar.gz"
-    with pytest.raises(DataError, match=r"holds no ILSVRC2012_val_00000001.JPEG, .* give --labels"):
+    with pytest.raises(DataError, match=r"no images named like ILSVRC2012_val_.* give --labels"):
         open_source(flat, "val", devkit=kit)
     broken = tmp_path / "kit.tar.gz"
     broken.write_bytes(kit.read_bytes()[:200])

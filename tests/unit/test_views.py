@@ -241,7 +241,7 @@ def test_a_compiler_that_hangs_is_done_without(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(native, "SECONDS_TO_BUILD", 0.2)
     native._load.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="cropped by DALI's operators, slower: .*timed out"):
+        with pytest.warns(UserWarning, match="cropped by DALI's operators, which is slower: .*timed out"):
             assert ViewCutter.of(np.zeros((1, 1, 3), np.float32), 1, torch.float32, 1) is None
     finally:
         native._load.cache_clear()
