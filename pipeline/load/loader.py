@@ -198,7 +198,18 @@ def train_loader(
     end_step: int,
     **options: Any,
 ) -> Loader:
-    """The plan's stream of batches for one rank, from `first_step` (counted from the start) to `end_step`."""
+    """The plan's stream of batches for one rank, from `first_step` (counted from the start) to `end_step`.
+
+    `options` are those of Loader. Raises ValueError if `plan` and `preprocess` differ in size or crop, or if the
+    global batch is not a multiple of `world_size`.
+    """
+    if (plan.size, plan.crop) != (preprocess.size, preprocess.crop):
+        raise ValueError(
+            f"the plan crops {plan.crop} of {plan.size} pixels, the preprocessing {preprocess.crop} of "
+            f"{preprocess.size}: give both the same"
+        )
+    if plan.global_batch % world_size:
+        raise ValueError(f"a global batch of {plan.global_batch} cannot be divided among {world_size} ranks")
     feed = TrainFeed(
         reader, plan, preprocess.color_basis, rank, world_size, first_step=first_step, end_step=end_step
     )

@@ -458,7 +458,7 @@ def test_what_cannot_be_shrunk_or_counted_is_refused() -> None:
         with pytest.raises(ValueError, match="not a square RGB image"):
             shrink(wrong, 4)
     for size in (0, 9, 10):
-        with pytest.raises(ValueError, match="is not less than the image.s 9"):
+        with pytest.raises(ValueError, match="is not less than the image's 9"):
             shrink(square, size)
     with pytest.raises(ValueError, match="expected uint8"):
         Statistics(8).add_bgr(square)
