@@ -263,7 +263,7 @@ def _open_source(
             f"{path} has no class folders: give the labels with --labels FILE or --devkit {DEVKIT}.tar.gz"
         )
     else:
-        raise DataError(f"{path} holds no images: it should hold one folder per class with images in it")
+        raise DataError(f"{path} holds no images: give a folder that has one folder of images per class")
     if not listing.files:
         why = f" that can be used ({listing.rejected[0][1]})" if listing.rejected else ""
         raise DataError(f"{path} holds no images{why}: give a folder of class folders")
@@ -284,7 +284,7 @@ def _prepare_class_folders(listing: Listing, path: Path, split: str, notes: list
             some = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
             notes.append(f"folders without images in {path} are left out: {some}")
         if not listing.folders:
-            raise DataError(f"{path} holds no images: it should hold one folder per class with images in it")
+            raise DataError(f"{path} holds no images: give a folder that has one folder of images per class")
     listing.leave_out(lambda file: "/" in file.name, "not in a class")
     _refuse_wrong_level(listing, path)
     used = {file.name.partition("/")[0] for file in listing.files}
