@@ -45,9 +45,8 @@ ENCODINGS = tuple(ENDS)
 MANIFEST, MEAN, DATABASE, RECORD_CRCS = "manifest.json", "mean.npy", "data.mdb", "crc32.npy"
 # Limits for a manifest, which is read into memory as a whole. ImageNet-21k has 21,841 classes.
 MAX_CLASSES, MAX_SIZE, MAX_MANIFEST_BYTES = 100_000, 4096, 64 << 20
-SECONDS_BETWEEN_CHECKS = (
-    0.1  # of the length of an open shard; a system call for each record costs half as much as reading it
-)
+# Between two checks of the length of an open shard. A system call per record costs half as much as reading it.
+SECONDS_BETWEEN_CHECKS = 0.1
 
 
 def shard_name(number: int) -> str:

@@ -154,9 +154,8 @@ class ClusterPool(JobQueue):
         super().__init__()
         self._client, self._function, self._address = client, function, address
         self._sent: dict[int, _Sent] = {}
-        self._deaths_before_start: Counter[int] = (
-            Counter()
-        )  # for each job: workers that died before starting it
+        # for each job, the number of workers that died before starting it
+        self._deaths_before_start: Counter[int] = Counter()
         self._finished: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._last_update = -1.0
         # when a worker was last seen; None after the message that none is left

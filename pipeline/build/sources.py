@@ -46,9 +46,7 @@ class Source:
     wnids: list[str]  # sorted; the label is the position
     names: dict[str, str]  # wnid -> readable name, for the classes that have one
     rejected: list[tuple[str, str]]  # (name, reason) of files that are rejected before decoding
-    notes: list[str] = field(
-        default_factory=list
-    )  # messages for the user: which files were used, what was left out
+    notes: list[str] = field(default_factory=list)  # messages: which files were used, what was left out
 
 
 # --- which splits a SOURCE holds ---------------------------------------------------------------------------

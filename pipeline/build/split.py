@@ -98,9 +98,8 @@ class _ShardJob:
     source: Path
     images: list[RawImage]
     options: Options
-    crashers: Mapping[int, str] = field(
-        default_factory=dict
-    )  # {position in `images`: reason} of files that killed workers and are rejected
+    # {position in `images`: reason} of files that killed workers and are rejected
+    crashers: Mapping[int, str] = field(default_factory=dict)
 
 
 def build_split(
