@@ -130,7 +130,7 @@ def check_shared_memory(bytes_a_batch: int, batches: int) -> None:
     if free < needed:
         raise DataError(
             f"{SHARED_MEMORY} has {int(free) >> 20} MiB free, but the batches between reader processes and trainer "
-            f"need {-(-needed >> 20)} MiB: use `docker run --shm-size 1g`, or --workers 0"
+            f"need {-(-needed >> 20)} MiB: use docker run --shm-size 1g, or --workers 0"
         )
 
 

@@ -148,7 +148,9 @@ def test_a_dead_reader_is_an_error_at_the_next_batch(dataset: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("free", "first"), [(4096, "/dev/shm is too small"), (1 << 30, "a shard was cut")])
+@pytest.mark.parametrize(
+    ("free", "first"), [(4096, "/dev/shm is too small"), (1 << 30, "a shard was truncated")]
+)
 def test_the_likelier_reason_of_a_bus_error_comes_first(
     free: int, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
