@@ -185,7 +185,7 @@ def test_what_the_kernel_would_read_beyond_is_refused() -> None:
         (images, anchors, flips, shifts.double()),
         (images, anchors[:1], flips[:1], shifts[:1]),
     ):
-        with pytest.raises(ValueError, match=r"not torch.* contiguous|beyond an image"):
+        with pytest.raises(ValueError, match=r"expected contiguous|outside its image"):
             cut(*wrong)
     with pytest.raises(ValueError, match="a crop of 4 pixels does not fit a mean image"):
         ViewCutter.of(mean[:, :5], 4, torch.float32, 1)
