@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from click.testing import CliRunner, Result
 
 import native
 import train
+from base.files import lock
 from model.alexnet import AlexNet
 from model.training import checkpoint, recipe
 from model.training.checkpoint import Checkpoints
@@ -175,6 +177,15 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+@contextmanager
+def held_up(out: Path, number: int) -> Iterator[Path]:
+    """Lock one shard of the build that --resume will start in OUT/train, so that it cannot end. Yields work/."""
+    work = out / "train.partial/work"
+    work.mkdir(parents=True)
+    with lock(work / f"shard-{number:05d}.lock", "the lock is new"):
+        yield work
 
 
 def newest(out: Path) -> dict[str, Any]:
