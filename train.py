@@ -105,9 +105,7 @@ def train(ranks: Ranks, config: Config) -> None:
 
     # ---- network, optimiser, schedule; the checkpoint to resume from
     if ranks.gpu:
-        torch.backends.cudnn.benchmark = (
-            not config.deterministic
-        )  # times the algorithms and picks the fastest
+        torch.backends.cudnn.benchmark = not config.deterministic  # picks algorithms by their time
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     manifest = train_set.manifest
     weights = load_weights(config.weights) if config.weights and not config.resume else None

@@ -33,9 +33,8 @@ DIGEST_BYTES = 64  # sha256 in hexadecimal
 MAX_BYTES = 16 << 30  # of a checkpoint; one with 100,000 classes, momentum and averaged weights has 6 GB
 # files that a run writes through temporary files, which remain after a kill
 OWN_FILES = r"(checkpoint-\d{9}|best)\.pt|config\.json|log\.jsonl|metrics\.csv"
-END_OF_ZIP = (
-    b"PK\x05\x06"  # signature of the zip's last record: 22 bytes that end with the length of the comment
-)
+# the zip's last record: its signature begins 22 bytes, which end with the length of the comment
+END_OF_ZIP = b"PK\x05\x06"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

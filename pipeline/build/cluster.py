@@ -43,9 +43,7 @@ from pipeline.shards import FORMAT_VERSION, shard_name
 JOBS_PER_THREAD = 2  # sent ahead of time; few, so that the scheduler does not hold the lists of all images
 SECONDS_TO_CONNECT, SECONDS_FOR_WORKERS = 10, 30
 SECONDS_WITHOUT_WORKERS = 10  # before a message; a restarted worker needs a few
-MAX_DEATHS_BEFORE_START = (
-    10  # deaths of workers that held a job but had not started it, before it is an error
-)
+MAX_DEATHS_BEFORE_START = 10  # workers that may die while they hold a job which they have not started
 
 
 class Cluster:

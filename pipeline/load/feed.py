@@ -20,9 +20,8 @@ import numpy as np
 from pipeline.load.plan import Plan, rank_slice
 from pipeline.shards import ShardReader
 
-READ_AHEAD = (
-    2  # batches that reader processes prepare in advance, so that a slow read does not stall the graph
-)
+# batches that reader processes prepare in advance, so that a slow read does not stall the graph
+READ_AHEAD = 2
 PADDED = 3  # maximum size of padded records, relative to the records themselves
 # n records: one array (HWC RGB uint8 of raw shards, or zero-padded encoded bytes) or a list of arrays
 Records = list[np.ndarray] | np.ndarray
