@@ -1,51 +1,49 @@
-"""Train AlexNet on LMDB shards: set-up and loop, read it from top to bottom.
+"""Train AlexNet on LMDB shards. Read from top to bottom: the checks, the set-up, the loop.
 
-python train.py                      data/imagenet, all GPUs
-python train.py --data D             your own photographs; what is not given follows from their number
-python train.py --gpus 0 --data D    on the CPU
-torchrun --nproc-per-node 8 train.py on the launcher's ranks (restarts: --auto-resume)
+python train.py                       ImageNet in data/imagenet, on all GPUs
+python train.py --data D              your own photographs; the defaults depend on their number
+python train.py --gpus 0 --data D     on the CPU
+torchrun --nproc-per-node 8 train.py  with a launcher (--auto-resume for restarts)
 
-The modules of torch and DALI take seconds to import, so functions import them: `--help` and a wrong option
-answer at once.
+torch and DALI take seconds to import, so they are imported inside functions: --help and errors in options
+appear at once.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import shlex
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from base.errors import DataError, ModelError
+from base.errors import ModelError
 from base.files import lock, make_directory
 from base.machine import cpu_threads
-from model.training.config import Config, checkpoint_exists, command
-from pipeline.shards import ShardReader
+from model.training.config import Config, command
 
 if TYPE_CHECKING:
     from model.parallel.ranks import Ranks
-    from model.training.weights import Weights
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, to be run again with --resume
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: the run was saved and continues with --resume
 
 
 @command
 def main(config: Config) -> None:
     """Train AlexNet on LMDB shards made by tools/build_lmdb.py.
 
-    Writes to --out: checkpoint-STEP.pt and best.pt, config.json, log.jsonl, metrics.csv and TensorBoard
-    events. SIGINT, SIGTERM and SIGHUP finish the step, save and exit with code 75; --resume continues from
-    there, in mid-epoch if need be.
+    Writes checkpoint-STEP.pt, best.pt, config.json, log.jsonl, metrics.csv and TensorBoard events to --out. On
+    SIGINT, SIGTERM or SIGHUP it finishes the current step, saves and exits with code 75; --resume then continues
+    from that step.
     """
-    # ---- errors are reported once, before any rank starts
+    # ---- checks: errors are reported once, before any rank starts
     if config.fall_back and not (config.resume or config.auto_resume):
-        raise click.UsageError("--fall-back goes with --resume or --auto-resume")
+        raise click.UsageError("--fall-back needs --resume or --auto-resume")
     if config.freeze and not config.weights:
-        raise click.UsageError("--freeze keeps layers of --weights as they are: give --weights too")
+        raise click.UsageError("--freeze keeps the convolutions of --weights: give --weights too")
+    from model.training.checks import check_data, check_folder, check_network
+
     check_folder(config)
     images, classes, size = check_data(config)
 
@@ -64,7 +62,7 @@ def main(config: Config) -> None:
     config.check_ranks(ranks, gpus)
     with writing(config.folder):
         make_directory(config.folder)
-    first = os.environ.get("RANK", "0") == "0"  # under torchrun every rank gets here
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun every rank runs this
     if first and not config.resume:
         click.echo(chosen)
     if config.deterministic:
@@ -74,66 +72,21 @@ def main(config: Config) -> None:
         launch(train, config, ranks, gpu=gpus > 0)
 
 
-def check_folder(config: Config) -> None:
-    """Raises ModelError where --out holds a run and none should be, or the other way round."""
-    exists = checkpoint_exists(config.folder)
-    if exists and not config.resume:
-        raise ModelError(
-            f"{config.folder} holds a run already: continue it with --resume, or give another --out"
-        )
-    if config.resume and not exists:
-        raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
-
-
-def check_data(config: Config) -> tuple[int, int, int]:
-    """Training images, classes and an image's side in pixels; raises DataError where the data cannot be used."""
-    count = 0
-    classes = {}
-    for split in ("train", "val"):
-        reader = ShardReader(config.data / split)
-        reader.check_counts()
-        count = count or len(reader)
-        classes[split] = [c["wnid"] for c in reader.manifest.classes]
-        size = reader.manifest.size
-        reader.close()
-    if classes["train"] != classes["val"]:
-        raise DataError(f"train and val in {config.data} have different classes: build val again")
-    return count, len(classes["train"]), size
-
-
-def check_network(config: Config, classes: int, size: int, weights: Weights | None) -> None:
-    """Raises ModelError where the options make no network, or one that the data or the weights do not fit."""
-    import torch
-
-    from model.alexnet import AlexNet
-    from model.training import recipe
-
-    if str(config.variant).startswith("cifar") and size > 64:
-        raise ModelError(
-            f"variant {config.variant} is for images of 32 pixels, those in {config.data} have {size}: "
-            "build them with --size 32, or take another --variant"
-        )
-    with torch.device("meta"):  # no memory, no work
-        network = AlexNet(classes, str(config.variant), image_size=config.crop, **config.network_options)
-    recipe.check_init(str(config.init), str(config.variant))
-    if weights:
-        weights.check(network)
-
-
 def train(ranks: Ranks, config: Config) -> None:
-    """One rank's whole training run."""
+    """Train on one rank, from set-up to the end of the run."""
     import torch
 
     from model.parallel.ranks import StopRequest
     from model.training.evaluation import evaluate
     from model.training.log import Log, writing
-    from model.training.precision import check_scale, diverged, input_dtype
+    from model.training.precision import input_dtype
     from model.training.state import TrainState
     from model.training.step import train_step
     from model.training.weights import load_weights
-    from pipeline.load.loader import DECODERS, eval_loader, time_decoders, train_loader
+    from pipeline.load.loader import eval_loader, fastest_decoder, train_loader
     from pipeline.load.plan import Plan
     from pipeline.preprocess import Preprocess
+    from pipeline.shards import ShardReader
 
     assert config.mean and config.global_batch
 
@@ -150,9 +103,9 @@ def train(ranks: Ranks, config: Config) -> None:
         color_std=config.color_std,
     )
 
-    # ---- network, optimiser, schedule; an earlier run's checkpoint
+    # ---- network, optimiser, schedule; the checkpoint to resume from
     if ranks.gpu:
-        torch.backends.cudnn.benchmark = not config.deterministic  # chooses algorithms by time
+        torch.backends.cudnn.benchmark = not config.deterministic  # picks algorithms by their time
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     manifest = train_set.manifest
     weights = load_weights(config.weights) if config.weights and not config.resume else None
@@ -165,10 +118,12 @@ def train(ranks: Ranks, config: Config) -> None:
     if config.resume and state.step >= state.end_step:
         if state.step > state.end_step:
             raise ModelError(
-                f"{config.folder} has {state.epoch} epochs already: give --epochs more than that"
+                f"{config.folder} has {state.epoch} epochs already: give a larger --epochs to continue"
             )
         if ranks.first:
-            click.echo(f"{config.folder} is finished, {state.epoch} epochs: continue it with more --epochs")
+            click.echo(
+                f"{config.folder} is finished, {state.epoch} epochs: give a larger --epochs to continue"
+            )
         return
     state.start()
 
@@ -185,11 +140,9 @@ def train(ranks: Ranks, config: Config) -> None:
     decoder_rates = ""
     if ranks.gpu:
         if config.decoder == "auto" and not config.deterministic:
-            rates = time_decoders(train_set, preprocess, state.layout.batch, **loader_options)
-            totals = ranks.sum(torch.tensor(rates, device=ranks.device)).tolist()
-            config.decoder = DECODERS[totals.index(max(totals))]  # the same pixels on all ranks
-            rated = ", ".join(f"{d} {rate:,.0f}" for d, rate in zip(DECODERS, totals, strict=True))
-            decoder_rates = f", decoder {config.decoder} ({rated} images/s)" if max(totals) else ""
+            config.decoder, decoder_rates = fastest_decoder(
+                train_set, preprocess, state.layout.batch, ranks.sum, **loader_options
+            )
         loader_options["decoder"] = "mixed" if config.decoder == "auto" else config.decoder
     train_batches = train_loader(
         train_set,
@@ -203,7 +156,7 @@ def train(ranks: Ranks, config: Config) -> None:
     val_steps = -(-len(val_set) // (val_batch * ranks.world_size))
     val_batches = eval_loader(val_set, preprocess, val_batch, **loader_options)
 
-    # ---- log: everything to log.jsonl, an epoch a row to metrics.csv
+    # ---- log: all entries in log.jsonl, one row per epoch in metrics.csv
     with writing(config.folder):
         if ranks.first:
             config.save()
@@ -216,15 +169,11 @@ def train(ranks: Ranks, config: Config) -> None:
             progress=config.progress,
         )
     log.say(state.describe() + decoder_rates)
-    if state.begins_with:
-        log.say(
-            f"begins with {state.begins_with}" + ("; the convolutions are frozen" if config.freeze else "")
-        )
+    if state.loaded:
+        log.say(f"starting from {state.loaded}" + ("; the convolutions are frozen" if config.freeze else ""))
     stop = StopRequest()
 
     # ---- the loop
-    first_step, estimated = state.step, False
-    window_start, window_step, waited = time.perf_counter(), state.step, 0.0
     stopping = False
     while state.step < state.end_step and not stopping:
         epoch, step_in_epoch = divmod(state.step, plan.steps_per_epoch)
@@ -232,64 +181,41 @@ def train(ranks: Ranks, config: Config) -> None:
 
         before = time.perf_counter()
         images, labels = next(train_batches)
-        waited += time.perf_counter() - before
+        state.data_wait += time.perf_counter() - before
         train_step(state, images, labels)
 
-        step = state.step
-        epoch_ends = step % plan.steps_per_epoch == 0
-        saving = epoch_ends or (config.save_every > 0 and step % config.save_every == 0)
         stopping = stop.requested and ranks.world_size == 1
-        if saving or stopping or step % config.log_every == 0:
-            # between saves, the only place where the host waits for the device; here ranks agree on stopping
-            stopping = ranks.any(stop.requested)
-            steps = step - window_step
-            means = state.window(steps)
-            if not math.isfinite(means["loss"]):
-                raise diverged(f"the loss is {means['loss']} at step {step}", config.folder)
-            check_scale(state.scaler, config.folder)
-            seconds = time.perf_counter() - window_start
-            rate = steps * config.global_batch / seconds
-            log.remaining((state.end_step - step) * config.global_batch / rate)
-            log.write(
-                "train",
-                epoch=epoch,
-                step=step,
-                steps=steps,
-                lr=state.optimizer.param_groups[0]["lr"],
-                images_per_s=rate,
-                data_wait=waited / seconds,
-                **means,
-            )
-            if not estimated and (step - first_step >= 100 or epoch_ends):
-                estimated = True
-                if step < state.end_step:
-                    log.say(state.estimate(rate))
-            window_start, window_step, waited = time.perf_counter(), step, 0.0
+        if not (state.save_due or stopping or state.step % config.log_every == 0):
+            continue
 
+        # the host waits for the device only from here on; the ranks agree whether to stop
+        stopping = ranks.any(stop.requested)
+        window = state.end_window()
+        log.remaining(state.images_left / window["images_per_s"])
+        log.write("train", epoch=epoch, step=state.step, **window)
+        if estimate := state.estimate(window["images_per_s"]):
+            log.say(estimate)
+        if not (state.save_due or stopping):
+            continue
+
+        state.before_saving()
         is_best = False
-        if saving or stopping:
-            state.before_saving()
-        if epoch_ends:
-            guessing = state.watch.epoch_ends(step, last=step == state.end_step)
+        if state.epoch_ends:
+            guessing = state.watch.epoch_ends(state.step, last=state.step == state.end_step)
             if guessing:
-                log.write("guessing", epoch=epoch, step=step, **guessing)
-                log.say(
-                    state.watch.advice(
-                        guessing, step, fresh_start=config.init if not config.weights else None
-                    )
-                )
+                log.write("guessing", epoch=epoch, step=state.step, **guessing)
+                log.say(state.watch.advice(guessing, state.step, None if config.weights else config.init))
             metrics = evaluate(state.trained, log.watch(val_batches, val_steps), ranks, state.amp)
             state.train_mode()
-            state.schedule.validated(1 - metrics["top1"], guessing=not state.watch.learnt)
-            is_best = metrics["top1"] > state.best
-            state.best = max(state.best, metrics["top1"])
-            log.write("val", epoch=epoch, step=step, **metrics)
-        if saving or stopping:
-            state.save(is_best)
-            window_start = time.perf_counter()
+            is_best = state.validated(metrics["top1"])
+            log.write("val", epoch=epoch, step=state.step, **metrics)
+        state.save(is_best)
+        state.start_window()
+
+    # ---- the end
     if stopping:
         log.say(
-            f"stopped by a signal at step {state.step} and saved: continue with\n  {resume_command(config)}"
+            f"stopped by a signal at step {state.step} and saved: continue with\n  {config.resume_command}"
         )
     else:
         log.say(
@@ -298,14 +224,9 @@ def train(ranks: Ranks, config: Config) -> None:
     log.close()
     train_batches.close()
     val_batches.close()
-    ranks.any(False)  # nobody leaves before the first rank has saved: the launcher would end the others
+    ranks.any(False)  # wait until the first rank has saved: the launcher kills the others when one exits
     if stopping:
         raise click.exceptions.Exit(EXIT_INTERRUPTED)
-
-
-def resume_command(config: Config) -> str:
-    """What to type to continue this run."""
-    return shlex.join(["python", "train.py", "--resume", "--out", str(config.folder)])
 
 
 if __name__ == "__main__":

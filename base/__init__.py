@@ -1,1 +1,1 @@
-"""What every other package may import: errors, files, the machine. No torch, DALI or OpenCV in here."""
+"""Errors, files and the machine. Every package may import this one; it imports no torch, DALI or OpenCV."""

@@ -1,4 +1,4 @@
-"""The errors that reach a user: one line that says what is wrong and what to do (exit code 1)."""
+"""Errors for users: one line that says what is wrong and what to do (exit code 1)."""
 
 import sys
 import unicodedata
@@ -7,7 +7,7 @@ import click
 
 
 def printable(text: str) -> str:
-    """Names from outside for people: control characters and bytes that are not UTF-8 become escapes like \\x1b."""
+    """Make untrusted text safe to print: escape control characters and bytes that are not UTF-8, like \\x1b."""
     return "".join(c if _harmless(c) else _escaped(c) for c in text)
 
 
@@ -17,15 +17,15 @@ def _harmless(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name, as os.fsdecode keeps it
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name, as os.fsdecode encodes it
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 class UserError(click.ClickException):
-    """Printed as one line, without a traceback, on any terminal.
+    """An error that is printed as one line without a traceback.
 
-    What its encoding lacks becomes an escape, as do control characters in names from outside.
+    Control characters, and characters that the terminal's encoding lacks, are printed as escapes.
     """
 
     def format_message(self) -> str:
@@ -34,7 +34,7 @@ class UserError(click.ClickException):
 
 
 class DataError(UserError):
-    """Bad input or a damaged data set."""
+    """Invalid input, or a damaged data set."""
 
 
 class ModelError(UserError):

@@ -1,4 +1,4 @@
-"""Files that survive a crash, locks between processes, and reading of files that a stranger may have made."""
+"""Files that survive a crash, locks between processes, and safe reading of untrusted files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from base.errors import UserError
 
-_TEMPORARY = r"\.[0-9a-f]{16}\.tmp"  # what `temporary_path` adds to a name
+_TEMPORARY = r"\.[0-9a-f]{16}\.tmp"  # the suffix that `temporary_path` adds
 
 
 # --- reading -----------------------------------------------------------------------------------------------
@@ -28,7 +28,8 @@ _TEMPORARY = r"\.[0-9a-f]{16}\.tmp"  # what `temporary_path` adds to a name
 def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
     """Open a regular file for reading.
 
-    Never waits: a pipe, a device or a folder is an OSError, as is a file of more than `limit` bytes.
+    Raises OSError for a pipe, a device or a folder, without waiting for it, and for a file of more than `limit`
+    bytes.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     status = os.fstat(descriptor)
@@ -41,13 +42,13 @@ def open_regular(path: Path, limit: int | None = None) -> BufferedReader:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes; see `open_regular`."""
+    """Read a regular file of at most `limit` bytes; see `open_regular`."""
     with open_regular(path, limit) as file:
         return file.read()
 
 
 def check_stored(content: bytes) -> None:
-    """ValueError where the zip in `content` is compressed, or its members overlap: it could unfold to any size."""
+    """Raise ValueError if a zip file is compressed or its members overlap, so that it could unpack to any size."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members) or (
@@ -57,7 +58,7 @@ def check_stored(content: bytes) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of a file's content."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -66,7 +67,7 @@ def file_sha256(path: Path) -> str:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make new names and renames inside `path` survive a power cut."""
+    """Flush new names and renames in `path` to the disk, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -75,7 +76,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create `path` and its missing parents so that they survive a power cut; it may exist already."""
+    """Create `path` and its missing parents, and flush them to the disk. `path` may exist."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):
@@ -83,15 +84,15 @@ def make_directory(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside `path` that nobody can foresee and so prepare a link at."""
+    """A new, unpredictable name beside `path`, where nobody can have placed a link."""
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 @contextmanager
 def atomic_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path`, flushed to the disk, when the block ends.
+    """Yield a new file that replaces `path` when the block ends, after a flush to the disk.
 
-    After a crash or an error in the block, `path` is the old file. `mode` is limited by the umask.
+    After a crash or an error in the block, `path` is still the old file. The umask applies to `mode`.
     """
     temporary = temporary_path(path)
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
@@ -108,13 +109,13 @@ def atomic_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the whole new one."""
+    """Write `content` to `path`; readers see either the old file or the complete new one."""
     with atomic_file(path, mode) as file:
         file.write(content)
 
 
 def remove_temporary(folder: Path, names: str) -> None:
-    """Remove what killed processes left of writing files whose names match the regular expression `names`."""
+    """Remove temporary files left by killed processes, if the names match the regular expression `names`."""
     for path in folder.iterdir():
         if re.fullmatch(f"({names}){_TEMPORARY}", path.name) and stat.S_ISREG(path.lstat().st_mode):
             path.unlink(missing_ok=True)
@@ -124,11 +125,12 @@ def remove_temporary(folder: Path, names: str) -> None:
 
 
 @contextmanager
-def lock(path: Path, taken: str, wait: bool = False) -> Iterator[None]:
-    """Hold a folder, or a file, which is created, for this process.
+def lock(path: Path, taken: str, wait: bool = False) -> Iterator[int]:
+    """Lock a folder, or a file, which is created if it is missing; yields the open descriptor.
 
-    Raises UserError with the message `taken` where another holds it, unless it is to `wait`. The kernel lets go of
-    it when the process ends, however it ends. File systems without locks are not guarded; on NFS, folders are not.
+    If another process holds the lock, raises UserError with the message `taken`, or waits if `wait` is true. The
+    kernel releases the lock when the process ends, however it ends. A child process that inherits the descriptor
+    shares the lock. Does nothing on file systems without locks; NFS cannot lock folders.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:
@@ -143,6 +145,6 @@ def lock(path: Path, taken: str, wait: bool = False) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
                 raise
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)

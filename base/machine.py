@@ -1,4 +1,4 @@
-"""The machine: cores and the C library's memory."""
+"""The machine: cores, and the C library's memory allocation."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import os
 
 
 def cpu_threads(ranks_here: int = 1) -> int:
-    """This process's share of the cores it may use."""
+    """The number of cores for this process, if `ranks_here` processes share the available ones."""
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next step, on the CPU about a fifth of the step's time.
+    """Make the C library keep freed memory for the next step, which saves about a fifth of a step on the CPU.
 
-    By default it hands large blocks back to the kernel, which clears every page anew for the next tensor, and
-    threads have heaps of their own that are unmapped all the same: decoding is 6 % faster without them (two
-    cores; on many, a heap for every four lest they wait for its lock). Call before other threads have begun. Does
-    nothing where the C library is not glibc.
+    By default, glibc returns large blocks to the kernel, which then clears every page again for the next tensor.
+    Each thread also has its own heap, which is unmapped in the same way: decoding is 6 % faster without them on two
+    cores. On many cores there is one heap for every four, so that threads do not wait for its lock. Call this
+    before other threads start. Does nothing if the C library is not glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for large tensors
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all of the heap
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings for large tensors
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
         heaps = max(1, len(os.sched_getaffinity(0)) // 4)
         libc.mallopt(-8, heaps)  # M_ARENA_MAX

@@ -1,1 +1,1 @@
-"""The network, how it is trained, and how it is split across ranks."""
+"""The network, its training, and how it is split across ranks."""

@@ -1,13 +1,13 @@
 """AlexNet and its variants (Krizhevsky, Sutskever, Hinton, NIPS 2012, section 3 and figure 2).
 
     paper         the network of the paper: response normalisation; conv2, conv4 and conv5 in two groups
-    owt           torchvision's `alexnet` (the single column of "One weird trick", 2014), state dicts included
-    bn            the paper's widths in one column, batch normalisation after each convolution in place of LRN
-    cifar-80sec   the same author's networks for CIFAR-10, from the files layers-80sec.cfg and layers-18pct.cfg of
-    cifar-18pct   cuda-convnet (https://github.com/dnouri/cuda-convnet/tree/master/example-layers)
+    owt           torchvision's `alexnet` (the single column of "One weird trick", 2014), with the same state dict
+    bn            the paper's widths in one column, with batch normalisation after each convolution instead of LRN
+    cifar-80sec   the author's networks for CIFAR-10, from layers-80sec.cfg and layers-18pct.cfg of cuda-convnet
+    cifar-18pct   (https://github.com/dnouri/cuda-convnet/tree/master/example-layers)
 
-Images go in as (N, 3, image_size, image_size) floating point, logits come out as (N, num_classes). All layers
-keep the channels-last memory format, which is the fast one on CPUs and GPUs alike.
+Inputs are images (N, 3, image_size, image_size) in floating point, outputs are logits (N, num_classes). All layers
+preserve the channels-last memory format, which is the fastest on CPUs and GPUs.
 """
 
 from collections import OrderedDict
@@ -30,11 +30,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 HIDDEN = 4096
 
 
-# --- one function a variant: a layer a line, with the size of its output ---------------------------------------
+# --- one function per variant, one line per layer, with the size of its output ---------------------------------
 
 
 def _paper(net: "_Builder") -> None:
-    """Figure 2 of the paper, both towers. Sizes are those of 224x224 images."""
+    """Figure 2 of the paper, both towers. Sizes are for images of 224x224."""
     net.conv(1, 96, kernel=11, stride=net.stride, padding=2)  #  96 x 55 x 55
     net.lrn(1)
     net.max_pool(1)  #                                            96 x 27 x 27
@@ -53,7 +53,7 @@ def _paper(net: "_Builder") -> None:
 
 
 def _owt(net: "_Builder") -> None:
-    """torchvision.models.alexnet: one column, dropout before the hidden layers, an average pool to 6x6."""
+    """torchvision.models.alexnet: one column, dropout before the hidden layers, average pooling to 6x6."""
     net.conv(1, 64, kernel=11, stride=net.stride, padding=2)  #   64 x 55 x 55
     net.lrn(1)
     net.max_pool(1)  #                                            64 x 27 x 27
@@ -64,9 +64,7 @@ def _owt(net: "_Builder") -> None:
     net.conv(4, 256, kernel=3, groups=net.groups)  #             256 x 13 x 13
     net.conv(5, 256, kernel=3, groups=net.groups)  #             256 x 13 x 13
     net.max_pool(5)  #                                           256 x  6 x  6
-    net.average_to(
-        6
-    )  #                                         256 x  6 x  6, whatever the size of the images
+    net.average_to(6)  #                                         256 x  6 x  6
     net.dropout(6)
     net.linear(6, HIDDEN)
     net.dropout(7)
@@ -75,7 +73,7 @@ def _owt(net: "_Builder") -> None:
 
 
 def _cifar(net: "_Builder") -> None:
-    """layers-80sec.cfg and layers-18pct.cfg, in which pools round the size of their output up."""
+    """layers-80sec.cfg and layers-18pct.cfg, whose pools round the output size up."""
     net.conv(1, 32, kernel=5)  #                                  32 x 32 x 32
     net.max_pool(1, ceil=True)  #                                 32 x 16 x 16
     net.spatial_lrn(1)
@@ -89,9 +87,9 @@ def _cifar(net: "_Builder") -> None:
     net.linear(10)
 
 
-# What a variant is unless the options say otherwise. AlexNet-BN is as large-batch work trains it (You et al.,
-# arXiv:1709.05011): batch normalisation takes the place of LRN and of the convolutions' biases; one column, for the
-# groups served to fit two GPUs of 3 GB.
+# Each variant with the default values of its options. bn is the AlexNet-BN of large-batch training (You et al.,
+# arXiv:1709.05011): batch normalisation replaces LRN and the convolutions' biases. It has one column, because the
+# paper's groups only served to fit the network into two GPUs with 3 GB.
 VARIANTS: dict[str, tuple[Callable[["_Builder"], None], dict[str, Any]]] = {
     "paper": (_paper, {"groups": 2, "lrn": True}),
     "owt": (_owt, {"groups": 1, "lrn": False}),
@@ -102,33 +100,33 @@ VARIANTS: dict[str, tuple[Callable[["_Builder"], None], dict[str, Any]]] = {
 
 
 class AlexNet(nn.Module):
-    """AlexNet as `features` (convolutions) and `classifier` (fully connected layers), two Sequentials.
+    """AlexNet, as two Sequentials: `features` (convolutions) and `classifier` (fully connected layers).
 
-    The layers are named after the paper (`features.conv1`, `classifier.fc6`), those of `owt` are numbered as
-    torchvision numbers them. Weights have PyTorch's default initialisation; `model.training.recipe` has others.
+    Layers are named as in the paper (`features.conv1`, `classifier.fc6`); those of `owt` are numbered as in
+    torchvision. Weights have PyTorch's default initialisation; see `model.training.recipe` for others.
 
     Args:
-        num_classes: outputs of the last layer.
-        variant: one of VARIANTS (see the module). The two for CIFAR have no dropout, and of the options below only
-            `image_size` and `activation`.
-        dropout: probability of dropping an output of fc6 and fc7 (section 4.2), or, in `owt`, an input.
-        image_size: height and width of the images in pixels. The paper says 224; its 55x55 maps after conv1 take
-            the 2 pixels of padding that conv1 has here.
-        stride: of conv1 in pixels (section 3.5). 4 needs images of 63 pixels or more; 1 suits CIFAR's 24 to 32.
-        activation: "relu", "tanh" or "sigmoid", after every layer but the last (section 3.1).
-        groups: 1 or 2, of conv2, conv4 and conv5 (section 3.2); None for the variant's.
-        lrn: local response normalisation after conv1 and conv2 (section 3.3); None for the variant's.
-        pool: kernel and stride of the max pools in pixels (section 3.4: 3 and 2, overlapping).
-        drop_layers: layers to leave out, of "conv2" to "conv5" (section 7), each with its activation and
-            normalisation; the pools stay.
+        num_classes: number of outputs.
+        variant: one of VARIANTS (see the module). The two for CIFAR have no dropout and take only `image_size` and
+            `activation` of the options below.
+        dropout: probability of dropping an output of fc6 and fc7 (section 4.2), or in `owt` an input.
+        image_size: height and width of the images in pixels. The paper has 224; its maps of 55x55 after conv1
+            require the padding of 2 pixels that conv1 has here.
+        stride: stride of conv1 (section 3.5). 4 needs images of at least 63 pixels; use 1 for images of 24 to 32.
+        activation: "relu", "tanh" or "sigmoid", after every layer except the last (section 3.1).
+        groups: number of groups in conv2, conv4 and conv5, 1 or 2 (section 3.2); None for the variant's default.
+        lrn: local response normalisation after conv1 and conv2 (section 3.3); None for the variant's default.
+        pool: kernel size and stride of the max pools (section 3.4: 3 and 2, overlapping).
+        drop_layers: convolutions to omit, from "conv2" to "conv5" (section 7), with their activation and
+            normalisation but not their pooling.
 
     Attributes:
-        options: the options from `stride` on that differ from the variant's own, as plain values: with
-            `num_classes`, `variant` and `image_size` they make this network again, but for `dropout`.
-        convolutions: the numbers of the convolutions, in order, without those left out.
+        options: the options from `stride` to `drop_layers` that differ from the variant's defaults, as
+            plain values. With `num_classes`, `variant` and `image_size` they describe the network.
+        convolutions: the numbers of the convolutions, in order, without the omitted ones.
 
     Raises:
-        ModelError: an option that makes no network, or images too small for it.
+        ModelError: the options describe no network, or the images are too small for it.
     """
 
     def __init__(
@@ -154,10 +152,14 @@ class AlexNet(nn.Module):
             raise ModelError(f"groups is {groups}: choose 1 or 2")
         if not set(drop_layers) <= set(DROPPABLE):
             wrong = ", ".join(sorted(set(drop_layers) - set(DROPPABLE)))
-            raise ModelError(f"cannot drop {wrong}: only {', '.join(DROPPABLE)} can be left out")
-        if min(num_classes, stride, *pool) < 1:
+            raise ModelError(f"cannot omit {wrong}: choose from {', '.join(DROPPABLE)}")
+        if lrn not in (None, False, True):
+            raise ModelError(f"lrn is {lrn}: choose True or False")
+        sizes = (num_classes, image_size, stride, *pool)
+        if len(pool) != 2 or not all(isinstance(value, int) and value >= 1 for value in sizes):
             raise ModelError(
-                f"num_classes {num_classes}, stride {stride}, pool {pool}: all must be at least 1"
+                f"num_classes {num_classes}, image_size {image_size}, stride {stride}, pool {pool}: "
+                "all must be integers of at least 1"
             )
         build, own = VARIANTS[variant]
         defaults = {"stride": 4, "activation": "relu", "pool": [3, 2], "drop_layers": [], **own}
@@ -174,7 +176,7 @@ class AlexNet(nn.Module):
         if build is _cifar and self.options.keys() - {"activation"}:
             raise ModelError(
                 f"variant {variant} has no {', '.join(sorted(self.options.keys() - {'activation'}))}: "
-                "leave those options out, or take --variant paper with --stride 1"
+                "leave these options out, or use --variant paper with --stride 1"
             )
         net = _Builder(variant, num_classes, image_size, dropout, given)
         build(net)
@@ -188,12 +190,12 @@ class AlexNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The input of the last layer for images (N, 3, image_size, image_size).
 
-        In all variants but CIFAR's these are the activations of fc7 (N, 4096) (section 6.1).
+        Except in the variants for CIFAR, these are the activations of fc7, (N, 4096) (section 6.1).
         """
         if self.variant != "owt" and x.shape[2:] != (self.image_size, self.image_size):
             given = "x".join(str(side) for side in x.shape[2:])
             raise ModelError(
-                f"the network takes images of {self.image_size} pixels, not {given}: set image_size"
+                f"the network takes images of {self.image_size} pixels, not {given}: change image_size"
             )
         x = self.avgpool(self.features(x)).flatten(1)
         for layer in list(self.classifier)[:-1]:
@@ -205,11 +207,11 @@ class AlexNet(nn.Module):
         return self.classifier[-1](self.forward_features(x))
 
     def set_position(self, key: int, first_row: int) -> None:
-        """Makes the dropout of the next forward pass a function of its place in training.
+        """Make the dropout masks of the next forward pass a function of the position in training.
 
         Args:
-            key: 0 .. 2**63 - 1, derived from (seed, epoch, step).
-            first_row: the place in the global batch of the next input's first row.
+            key: derived from (seed, epoch, step), in 0 .. 2**63 - 1.
+            first_row: position in the global batch of the first row of the next input.
         """
         for layer in self.modules():
             if isinstance(layer, KeyedDropout):
@@ -217,11 +219,11 @@ class AlexNet(nn.Module):
 
 
 class SpatialLRN(nn.Module):
-    """Response normalisation over a square of the same map, cuda-convnet's `rnorm`.
+    """Response normalisation over a square window of each map, cuda-convnet's `rnorm`.
 
         y = x / (1 + alpha / size**2 * sum of x**2 over size x size)**beta
 
-    (N, C, H, W) in and out, of any dtype; zeros beyond the border.
+    Takes and returns (N, C, H, W) of any dtype; pixels outside the map count as zero.
     """
 
     def __init__(self, size: int = 3, alpha: float = 5e-5, beta: float = 0.75) -> None:
@@ -237,7 +239,7 @@ class SpatialLRN(nn.Module):
 
 
 class _Builder:
-    """Collects the layers of a network and keeps count of the channels and the size of the maps."""
+    """Collects the layers of a network and tracks the number of channels and the size of the maps."""
 
     def __init__(
         self, variant: str, num_classes: int, image_size: int, dropout: float, options: dict[str, Any]
@@ -256,7 +258,7 @@ class _Builder:
     def conv(
         self, n: int, width: int, kernel: int, stride: int = 1, padding: int | None = None, groups: int = 1
     ) -> None:
-        """A convolution with its activation; keeps the size of the maps unless stride or padding say otherwise."""
+        """A convolution with its activation; the default stride and padding preserve the size of the maps."""
         if f"conv{n}" in self.dropped:
             return
         padding = kernel // 2 if padding is None else padding
@@ -295,7 +297,7 @@ class _Builder:
         self.avgpool, self.side = nn.AdaptiveAvgPool2d(side), side
 
     def linear(self, n: int, width: int | None = None) -> None:
-        """A fully connected layer, with its activation unless it is the last (no width: the classes)."""
+        """A fully connected layer with its activation; without a width it is the last one, which has none."""
         self._check_side()
         inputs = self.units or self.channels * self.side**2
         self.units = width or self.num_classes
@@ -307,12 +309,12 @@ class _Builder:
         self.classifier[f"drop{n}"] = KeyedDropout(self.p, salt=n)
 
     def _check_side(self) -> None:
-        """Raises ModelError where nothing is left of the maps."""
+        """Raises ModelError if the maps have no pixels left."""
         if self.side >= 1:
             return
         if self.variant.startswith("cifar"):
             raise ModelError(f"images of {self.image_size} pixels are too small for variant {self.variant}")
-        # a stranger's checkpoint may name any pool: no search without an end
+        # the search is limited because a malicious checkpoint may have any pool
         sizes = range(self.image_size, 4097)
         enough = next((size for size in sizes if _last_side(size, self.stride, self.pool) >= 1), None)
         raise ModelError(
@@ -324,7 +326,7 @@ class _Builder:
 
 
 def _last_side(image_size: int, stride: int, pool: tuple[int, int]) -> int:
-    """Height and width of pool5's maps: conv1 and the three pools shrink them, the other layers do not."""
+    """Height and width of pool5's maps; only conv1 and the three pools shrink them."""
     side = (image_size + 2 * 2 - 11) // stride + 1
     for _ in range(3):
         side = (side - pool[0]) // pool[1] + 1

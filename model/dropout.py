@@ -1,4 +1,4 @@
-"""Dropout whose masks depend on the position in training alone, not on the number of ranks."""
+"""Dropout whose masks depend only on the position in training, not on the number of ranks."""
 
 from typing import Any
 
@@ -11,19 +11,19 @@ from model.kernels import kernels_for
 
 
 class KeyedDropout(nn.Module):
-    """Dropout (section 4.2) whose mask is a function of (key, layer, row of the global batch, unit) alone.
+    """Dropout (section 4.2) whose mask is a function of (key, layer, row of the global batch, unit).
 
-    The mask is the same on every device and for any split of the global batch over ranks and micro-batches. Kept
-    units are scaled by 1 / (1 - p) in training; the paper halves activations at test time instead, which is the
-    same network. Until `set_position` is first called, masks come from torch's generator.
+    The mask is therefore the same on every device and however the global batch is split over ranks and
+    micro-batches. Remaining units are scaled by 1 / (1 - p) in training, which is equivalent to the paper's halving
+    of activations at test time. Until `set_position` is called, the masks come from torch's generator.
 
     Args:
         p: probability of dropping a unit.
-        salt: distinguishes layers that share a key.
+        salt: distinguishes this layer from others with the same key.
 
     Attributes:
-        unit_slice: the input is this slice of the units, of several equal slices.
-        parts, stride: the input stacks `parts` row blocks whose global rows are `stride` apart.
+        unit_slice: the inputs are this one of several equal slices of the units.
+        parts, stride: the input stacks `parts` blocks of rows whose global rows are `stride` apart.
     """
 
     position: Tensor
@@ -31,19 +31,18 @@ class KeyedDropout(nn.Module):
     def __init__(self, p: float, salt: int) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ModelError(f"dropout is {p}: use a number of at least 0 and below 1")
+            raise ModelError(f"dropout is {p}: it must be at least 0 and below 1")
         self.p, self.salt, self.keyed = p, salt, False
-        self.unit_slice = 0
-        self.parts, self.stride = 1, 0
-        # (key, first row): a tensor, since torch.compile would recompile for each new Python number
+        self.unit_slice, self.parts, self.stride = 0, 1, 0
+        # (key, first row) is a tensor so that torch.compile does not recompile when it changes
         self.register_buffer("position", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def set_position(self, key: int, first_row: int) -> None:
-        """Sets the position that the next masks derive from, without waiting for the device.
+        """Set what the next masks are derived from, without waiting for the device.
 
         Args:
-            key: 0 .. 2**63 - 1, a function of (seed, epoch, step).
-            first_row: row of the global batch that the next input begins with.
+            key: a function of (seed, epoch, step) in 0 .. 2**63 - 1.
+            first_row: position in the global batch of the first row of the next input.
         """
         self.position[0].fill_(key)
         self.position[1].fill_(first_row)
@@ -54,11 +53,11 @@ class KeyedDropout(nn.Module):
         return self.p, self.salt, self.unit_slice, self.parts, self.stride
 
     def keep(self, rows: int, units: int) -> Tensor:
-        """The mask (rows, units), boolean: True for units that are kept."""
+        """The mask (rows, units) as booleans."""
         return _keep(rows, units, self.position, *self._options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drops units of x (N, ...), of any dtype, in training; returns x in evaluation."""
+        """Drop units of x (N, ...), of any dtype, in training mode; the identity in evaluation mode."""
         if not self.training or self.p == 0:
             return x
         if not self.keyed:
@@ -72,14 +71,14 @@ class KeyedDropout(nn.Module):
 
 
 def _keep(rows: int, units: int, position: Tensor, p: float, *options: int) -> Tensor:
-    """`KeyedDropout.keep`: compares one 32-bit hash per unit with p."""
+    """`KeyedDropout.keep`: each unit compares a 32-bit hash with p."""
     salt, unit_slice, parts, stride = options
     first, row = position[1], torch.arange(rows, device=position.device)
     if parts > 1:
         part = rows // parts
         first, row = first % stride, row // part * stride + row % part
     row = first + row
-    # Successive hashes mix in both halves of the key, the layer and the row; the last mixes in the unit.
+    # a chain of hashes combines both halves of the key, the layer and the row; one more adds the unit
     state = (position[0] & 0xFFFFFFFF) - 2**31
     for entering in (position[0] >> 32, salt, row):
         state = _hash(state.to(torch.int32)) ^ entering
@@ -91,8 +90,8 @@ def _keep(rows: int, units: int, position: Tensor, p: float, *options: int) -> T
 
 
 def _hash(value: Tensor) -> Tensor:
-    """Mixes int32 values in place, each output bit depending on all input bits ("lowbias32" by C. Wellons)."""
-    # A right shift of int32 copies the sign, which the masks clear. Products wrap around.
+    """Hash int32 values in place, so that each output bit depends on all input bits ("lowbias32" by C. Wellons)."""
+    # the masks clear the sign bits that a right shift of int32 inserts; products wrap around
     value ^= (value >> 16).bitwise_and_(0xFFFF)
     value *= 0x7FEB352D
     value ^= (value >> 15).bitwise_and_(0x1FFFF)
@@ -107,7 +106,7 @@ def _formula(x: Tensor, position: Tensor, p: float, *options: int) -> Tensor:
     return torch.where(keep, x * (1 / (1 - p)), 0)
 
 
-# --- on a GPU: one kernel instead of 84; no mask is stored, and backward computes it again ------------------------
+# --- on a GPU: one kernel instead of 84; no mask is stored, and the backward pass computes it again --------------
 
 torch.library.define(
     "alexnet::dropout",
@@ -129,7 +128,7 @@ def _fake(x: Tensor, position: Tensor, *options: Any) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, position, *ctx.options = inputs
-    ctx.save_for_backward(position)  # autograd then raises if `set_position` has changed it before backward
+    ctx.save_for_backward(position)  # autograd raises an error if `set_position` has changed it
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

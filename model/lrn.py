@@ -4,16 +4,17 @@
 
 `alpha` multiplies the sum, as in the paper; `torch.nn.functional.local_response_norm` divides it by `size`.
 
-The arithmetic is light, but torch's operators pass over memory for every term, which would take four fifths of a
-training step on the CPU. So there are three backends with the same result:
+The formula is cheap, but in torch's operators each term is a pass over memory, which would take four fifths of a
+training step on the CPU. There are three backends with equal results:
 
-    native  a C++ kernel for the CPU (native/lrn.cpp): bfloat16 and float32, channels-last, beta 0.75;
-            compiled on first use, in about a second
-    triton  kernels for NVIDIA GPUs (model/triton_kernels.py): float32 and both halves, channels-last, beta 0.75
-    eager   the formula in torch's operators: any device, dtype and layout, no compiler
+    native  a C++ kernel for the CPU (native/lrn.cpp): bfloat16 and float32, channels-last, beta 0.75; compiled on
+            first use in about a second
+    triton  kernels for NVIDIA GPUs (model/triton_kernels.py): float32, float16 and bfloat16, channels-last,
+            beta 0.75
+    eager   torch's operators: any device, dtype and memory format, without a compiler
 
-"auto" is triton on a GPU and native on the CPU if machine and input allow it, else eager. The environment variable
-ALEXNET_LRN=eager (or native, triton), read at import, replaces "auto".
+"auto" is triton on a GPU and native on the CPU if the machine and the input support it, else eager. The environment
+variable ALEXNET_LRN=eager (or native, triton), read at import, replaces "auto".
 """
 
 import ctypes
@@ -38,38 +39,38 @@ DEFAULT_BACKEND = os.environ.get("ALEXNET_LRN", "auto")
 def local_response_norm(
     x: Tensor, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0, backend: str = "auto"
 ) -> Tensor:
-    """Normalises each activation by the energy of `size` neighbouring channels (the formula above).
+    """Normalise each activation by the sum of squares over `size` neighbouring channels (the formula above).
 
     Args:
-        x: (N, C) or (N, C, ...), floating point, any layout; channels-last is fastest. Sums are computed in
-            float32, for float64 in float64.
-        size: channels in the window, odd. The window is cut off at the first and the last channel.
-        alpha, beta, k: the constants of the formula. k must be positive, or channels of zeros would divide by 0.
+        x: (N, C) or (N, C, ...) in floating point and any memory format; channels-last is the fastest. Sums are
+            computed in float32, or in float64 for float64.
+        size: number of channels in the window, odd. The window is cut off at the first and last channel.
+        alpha, beta, k: the constants of the formula; k > 0 avoids divisions by zero.
         backend: "auto", "native", "triton" or "eager" (see the module).
 
     Returns:
-        A tensor of x's shape, dtype and layout, differentiable once.
+        A tensor of the same shape, dtype and memory format, which can be differentiated once.
 
     Raises:
-        ModelError: an unusable option, or a backend that cannot take this input on this machine.
+        ModelError: an invalid option, or a backend that does not support this input on this machine.
     """
     backend = DEFAULT_BACKEND if backend == "auto" else backend
     if backend not in BACKENDS:
         raise ModelError(f"no LRN backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if size < 1 or size % 2 == 0:
-        raise ModelError(
-            f"LRN size is {size}: use an odd number of channels, so that the window has a centre"
-        )
+        raise ModelError(f"LRN size is {size}: choose an odd number")
     if k <= 0:
-        raise ModelError(f"LRN k is {k}: use a positive number, or channels of zeros divide by 0")
+        raise ModelError(f"LRN k is {k}: choose a value above 0, which avoids divisions by zero")
     if x.dim() < 2 or not x.is_floating_point():
-        raise ModelError(f"LRN takes floating point (N, C, ...), not {x.dtype} of {x.dim()} dimensions")
+        raise ModelError(
+            f"LRN takes a floating-point tensor (N, C, ...), not {x.dtype} with {x.dim()} dimensions"
+        )
 
     return torch.ops.alexnet.lrn(x, size, alpha, beta, k, backend)
 
 
 class LRN(nn.Module):
-    """`local_response_norm` as a layer without parameters; keeps shape, dtype and layout."""
+    """`local_response_norm` as a layer without parameters."""
 
     def __init__(
         self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0, backend: str = "auto"
@@ -92,7 +93,7 @@ def _widen(x: Tensor) -> Tensor:
 
 
 def _window_sum(values: Tensor, size: int) -> Tensor:
-    """The sum over `size` neighbouring channels of (N, C, ...); `narrow` keeps the layout."""
+    """Sum over `size` neighbouring channels of (N, C, ...); `narrow` preserves the memory format."""
     padded = F.pad(values, [0, 0] * (values.dim() - 2) + [size // 2, size // 2])
     total = padded.narrow(1, 0, values.shape[1]).clone()
     for shift in range(1, size):
@@ -103,7 +104,7 @@ def _window_sum(values: Tensor, size: int) -> Tensor:
 def _inverse_power(s: Tensor, beta: float) -> Tensor:
     if beta != 0.75:
         return s**-beta
-    root = s.rsqrt()  # two square roots take half as long as a general power
+    root = s.rsqrt()  # two square roots are twice as fast as pow
     return root * root.sqrt()
 
 
@@ -113,7 +114,7 @@ def _formula(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tenso
 
 
 def _formula_gradient(x: Tensor, grad: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """With s the base of the power: grad s^-beta - 2 alpha beta a window_sum(grad a s^(-beta - 1))."""
+    """grad s^-beta - 2 alpha beta a window_sum(grad a s^(-beta - 1)), where s is the term in parentheses."""
     a = _widen(x)
     s = k + alpha * _window_sum(a * a, size)
     own = grad * _inverse_power(s, beta)
@@ -121,7 +122,7 @@ def _formula_gradient(x: Tensor, grad: Tensor, size: int, alpha: float, beta: fl
 
 
 def _in_cache(formula: Callable[..., Tensor], tensors: list[Tensor], *constants: float) -> Tensor:
-    """Applies `formula` to a few images at a time on the CPU: 8 times faster, as its temporaries stay in cache."""
+    """Apply `formula` to a few images at a time on the CPU: 8 times faster, as temporaries fit in the cache."""
     x = tensors[0]
     images = max(1, 2**18 // max(1, math.prod(x.shape[1:]))) if x.device.type == "cpu" else max(1, len(x))
     out = torch.empty_like(x)
@@ -136,7 +137,7 @@ _NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def _kernel(x: Tensor, size: int, beta: float, backend: str) -> ctypes.CDLL | ModuleType | None:
-    """The native library or the Triton kernels for x, or None for torch's operators."""
+    """The native library or the Triton kernels for x; None for torch's operators."""
     if backend == "eager":
         return None
     rows = x.movedim(1, -1)
@@ -148,8 +149,8 @@ def _kernel(x: Tensor, size: int, beta: float, backend: str) -> ctypes.CDLL | Mo
             found = kernels_for(rows)
     if found is None and backend != "auto":
         raise ModelError(
-            f"LRN's {backend} backend needs {_NEEDS[backend]} (here beta {beta}, {x.device.type}, "
-            f"{x.dtype}): use backend 'auto'"
+            f"LRN's {backend} backend needs {_NEEDS[backend]}, not beta {beta}, {x.device.type}, "
+            f"{x.dtype}: use backend 'auto'"
         )
     return found
 
@@ -162,16 +163,16 @@ _NEEDS = {
 
 
 def _library(size: int) -> ctypes.CDLL | None:
-    """The kernel for windows of `size` channels; None if it cannot be built."""
+    """The kernel for windows of `size` channels; None if it cannot be compiled."""
     slower = "LRN falls back on torch's operators, many times slower"
-    # without traps, comparisons are vectorised with AVX2 too: 4 to 7 times as fast there
+    # -fno-trapping-math lets the compiler vectorise comparisons: 4 to 7 times faster with AVX2
     return native.library("lrn", slower, "-fopenmp", "-fno-trapping-math", f"-DSIZE={size}")
 
 
 def _run(
     kernel: ctypes.CDLL | ModuleType, direction: str, inputs: list[Tensor], size: int, alpha: float, k: float
 ) -> Tensor:
-    """Runs "forward" on [x] or "backward" on [x, grad]; x (N, C, ...) and the result are channels-last."""
+    """Run "forward" on [x] or "backward" on [x, grad]; tensors (N, C, ...) and the result are channels-last."""
     rows = [tensor.movedim(1, -1).contiguous() for tensor in inputs]
     if isinstance(kernel, ModuleType):
         run = kernel.lrn_forward if direction == "forward" else kernel.lrn_backward
@@ -191,8 +192,8 @@ def _run(
 
 # --- operators of torch's dispatcher -----------------------------------------------------------------------
 
-# Operators of their own, since torch.compile does not trace into them: the backend is chosen when they run.
-# Backward keeps the input alone. It costs no memory, since it is the output of a ReLU, which keeps it too.
+# Operators are opaque to torch.compile, so the backend is chosen at run time. Only the input is saved for the
+# backward pass, which costs no memory because the ReLU before it saves the same tensor.
 _CONSTANTS = "int size, float alpha, float beta, float k, str backend"
 torch.library.define("alexnet::lrn", f"(Tensor x, {_CONSTANTS}) -> Tensor")
 torch.library.define("alexnet::lrn_backward", f"(Tensor x, Tensor grad, {_CONSTANTS}) -> Tensor")

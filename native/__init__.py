@@ -1,12 +1,12 @@
-"""C++ kernels for the CPU: what would take many passes over memory in torch's or DALI's operators, in one.
+"""C++ kernels for the CPU, which need one pass over memory where operators of torch or DALI need many.
 
-Each .cpp file here is one shared library with plain C functions. The machine's compiler ($CXX, c++ or g++) builds
-it when it is first used, in about a second; later processes load it in milliseconds from
-$XDG_CACHE_HOME/alexnet-dali (~/.cache/alexnet-dali). Whoever asks for a kernel can do without it, only slower.
-ALEXNET_NATIVE=0 forbids them all.
+Each .cpp file here becomes one shared library with C functions. The machine's compiler ($CXX, c++ or g++) builds it
+on first use, in about a second. Later processes load it in milliseconds from $XDG_CACHE_HOME/alexnet-dali (default:
+~/.cache/alexnet-dali). Every caller has a slower fallback without the kernel. ALEXNET_NATIVE=0 disables all
+kernels.
 
-A library is code: one that another user owns or could write to is not loaded but built again, as is one that does
-not load.
+A cached library that another user owns or can write to is not loaded, because it is code, but built again. So is
+one that does not load.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from typing import Any
 
 from base.files import make_directory, write_atomic
 
-SECONDS_TO_BUILD = 120.0  # a second on an idle machine; a compiler that hangs is done without
+SECONDS_TO_BUILD = 120.0  # an idle machine needs one; a compiler that hangs counts as missing
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared")
 
 
 def library(name: str, otherwise: str, *flags: str) -> ctypes.CDLL | None:
-    """The library of `name`.cpp, built with `flags` too unless it is in the cache; None where that fails.
+    """Load the library of `name`.cpp from the cache, or build it with the additional `flags`; None if that fails.
 
-    A warning then says why, and `otherwise`, what the caller does instead. ALEXNET_NATIVE=0 needs no warning.
+    In that case a warning gives the reason, and `otherwise`, which describes the caller's fallback.
+    ALEXNET_NATIVE=0 gives no warning.
     """
     if os.environ.get("ALEXNET_NATIVE") == "0":
         return None
@@ -47,7 +48,7 @@ def library(name: str, otherwise: str, *flags: str) -> ctypes.CDLL | None:
 
 @functools.cache
 def _load(name: str, *flags: str) -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """Return the library, or the reason why there is none."""
     here = Path(__file__).parent
     source = (here / f"{name}.cpp").read_bytes()
     headers = b"".join(path.read_bytes() for path in sorted(here.glob("*.h")))
@@ -55,19 +56,19 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
     run = functools.partial(subprocess.run, timeout=SECONDS_TO_BUILD, **how)
     try:
         command = [*compiler(), *_FLAGS, *flags, f"-I{here}", "-x", "c++"]
-        # The predefined macros tell the compiler's version and the instruction sets of this CPU, so that a
-        # home shared by unlike machines holds a library for each.
+        # The predefined macros contain the compiler's version and the CPU's instruction sets, so a home directory
+        # that different machines share holds one library for each.
         macros = run([*command, "-dM", "-E", os.devnull]).stdout
         key = hashlib.sha256(f"{macros} {_FLAGS} {flags}".encode() + headers + source).hexdigest()[:16]
         cached = _cache() / f"{name}-{key}.so"
-        with suppress(OSError):  # there is none, or it does not load: build it
+        with suppress(OSError):  # it is missing or does not load: build it
             if _is_private(cached.parent.lstat()) and _is_private(cached.lstat()):
                 return ctypes.CDLL(str(cached))
         with tempfile.TemporaryDirectory() as scratch:
             built = Path(scratch, f"{name}.so")
             run([*command, "-", "-o", str(built)], input=source.decode())
-            # Ranks may build at once: each moves a whole file into place. Where the cache cannot be written, or
-            # is another user's, the next process builds again.
+            # Ranks can build at the same time, because each moves a complete file into place. If the cache cannot
+            # be written, or belongs to another user, the next process builds again.
             with suppress(OSError):
                 make_directory(cached.parent.parent)
                 cached.parent.mkdir(0o700, exist_ok=True)
@@ -82,17 +83,17 @@ def _load(name: str, *flags: str) -> ctypes.CDLL | str:
 
 
 def compiler() -> list[str]:
-    """The command that compiles C++: $CXX, which may have arguments ("ccache g++"), else what is installed."""
+    """The C++ compiler: $CXX, which can have arguments ("ccache g++"), or else the installed one."""
     return shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
 
 
 def _cache() -> Path:
-    """The folder of the libraries; a relative $XDG_CACHE_HOME is ignored, as its specification says."""
+    """The folder of the libraries. A relative $XDG_CACHE_HOME is ignored, as its specification requires."""
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (home if home.is_absolute() else Path.home() / ".cache") / "alexnet-dali"
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """Whether only this user, or root, can have made a file or folder what it is; links are not."""
+    """Whether only this user or root can have written a file or folder; False for links."""
     kind = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
     return kind and status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

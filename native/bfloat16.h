@@ -1,4 +1,4 @@
-// bfloat16 travels as uint16_t: the upper half of a float, rounded to nearest even.
+// bfloat16 is passed as uint16_t: the upper half of a float, rounded to nearest even.
 
 #pragma once
 

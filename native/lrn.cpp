@@ -1,8 +1,8 @@
-// Local response normalisation over rows of contiguous channels; SIZE, the window, is defined by the build.
+// Local response normalisation over rows of contiguous channels. The build defines SIZE, the window.
 //
-// Both directions read the activations and compute the sum in brackets anew: cheaper than the memory traffic
-// of keeping it. Each pixel is a row of contiguous channels; a tile of rows stays in the first-level cache
-// while plain loops, which compilers turn into vector instructions, go over it.
+// The backward pass recomputes the window sums from the activations, which is cheaper than storing and loading them.
+// Each pixel is a row of contiguous channels. A tile of rows stays in the first-level cache while simple loops, which
+// compilers vectorise, process it.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,9 +22,9 @@ inline float window_sum(const float* values) {
     return sum;
 }
 
-// s^-0.75 to float precision. Shifting the bits of a float by two divides its exponent by four, which gives y,
-// s^-0.25 within 3.2%. With e = 1 - s y^4, |e| < 0.125, s^-0.75 is exactly y^3 (1 - e)^-0.75; the last factor is
-// here the polynomial of degree 5 nearest to it.
+// s^-0.75 to float precision. Shifting the bits of a float right by two divides its exponent by four, which gives
+// y = s^-0.25 within 3.2%. With e = 1 - s y^4, |e| < 0.125, s^-0.75 equals y^3 (1 - e)^-0.75; the last factor is
+// approximated by the closest polynomial of degree 5.
 inline float power(float s) {
     uint32_t bits;
     std::memcpy(&bits, &s, sizeof bits);
@@ -36,12 +36,12 @@ inline float power(float s) {
     return y2 * y * (1 + e * (0.75f + e * rest));
 }
 
-// Activations near the largest float would square to infinity, where `power` has no meaning; NaN stays NaN.
+// Activations near the largest float would square to infinity, for which `power` is not valid. NaN stays NaN.
 inline float scale(const float* squares, float alpha, float k) {
     return std::min(k + alpha * window_sum(squares), 1e36f);
 }
 
-// Of a tile of rows; `squares` has HALF values more on either side of each.
+// Squares the values of a tile of rows. Rows of `squares` have HALF more values on either side.
 template <class T>
 void square(const T* rows, float* squares, int64_t count, int channels) {
     for (int64_t row = 0; row < count; ++row) {

@@ -1,4 +1,4 @@
-"""What turns a stored record into the network's input, without DALI: decoding, centre crop, mean, colour basis."""
+"""Turns stored records into the network's input without DALI: decoding, centre crop, mean, colour basis."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from base.errors import DataError
 from pipeline.shards import MAX_SIZE, Manifest, ShardReader
 
 MEANS = ("pixel", "channel", "imagenet", "none")
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1: what torchvision's networks are trained with
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in 0..1, as used by torchvision's networks
 _DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """All that turns a stored record into the network's input; kept in every checkpoint.
+    """Parameters that turn a stored record into the network's input; saved in every checkpoint.
 
-    `mean`: (size, size, 3) float32 RGB, levels of 0..255, what is subtracted at every position of the stored
-    image; constant over positions for the channel mean, zero for none. `color_basis`: (3, 3) float32,
-    columns 255 * p_i * lambda_i of the training set (paper 4.1; eigenvalues for pixels scaled to 0..1).
+    mean: (size, size, 3) float32 RGB, levels 0..255, subtracted from the stored image; the same at all positions
+    for
+        the channel mean, and zero for "none".
+    color_basis: (3, 3) float32 with columns 255 * p_i * lambda_i of the training set (paper 4.1; eigenvalues for
+        pixels scaled to 0..1).
     """
 
     size: int
@@ -36,7 +38,7 @@ class Preprocess:
 
     @classmethod
     def load(cls, train_dir: Path, crop: int = 224, mean_mode: str = "pixel") -> Preprocess:
-        """From the statistics of a training split; raises DataError if they are missing or damaged."""
+        """Load from the statistics of a training split. Raises DataError if they are missing or damaged."""
         manifest = Manifest.load(train_dir)
         if mean_mode == "pixel":
             mean = manifest.load_mean(train_dir)
@@ -51,16 +53,16 @@ class Preprocess:
         return cls(manifest.size, crop, mean_mode, mean, basis.astype(np.float32))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and tensors, fit for torch.load(weights_only=True)."""
+        """Numbers and tensors that torch.load(weights_only=True) accepts."""
         state: dict[str, Any] = {"size": self.size, "crop": self.crop, "mean_mode": self.mean_mode}
         return state | {"mean": torch.tensor(self.mean), "color_basis": torch.tensor(self.color_basis)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Preprocess:
-        """From a checkpoint's `preprocess`; ValueError for anything that `state_dict` does not give."""
+        """Load from a checkpoint's `preprocess`. Raises ValueError for anything that `state_dict` cannot return."""
         size, crop, mode = (state.get(name) for name in ("size", "crop", "mean_mode"))
         if not (isinstance(size, int) and isinstance(crop, int) and 0 < crop <= size <= MAX_SIZE):
-            raise ValueError(f"a crop of {crop!r:.20} pixels of {size!r:.20}")
+            raise ValueError(f"its crop is {crop!r:.20} of {size!r:.20} pixels")
         if mode not in MEANS:
             raise ValueError(f"its mean is {mode!r:.20}")
         arrays = {}
@@ -75,7 +77,7 @@ class Preprocess:
 
 
 def decode(data: np.ndarray, size: int) -> np.ndarray | None:
-    """A record's JPEG or PNG bytes (1-d uint8) -> (size, size, 3) uint8 RGB; None when they are not that."""
+    """Decode a record's JPEG or PNG bytes (1-d uint8) to (size, size, 3) uint8 RGB; None if that fails."""
     try:
         image = cv2.imdecode(data, _DECODE)
     except cv2.error:
@@ -86,10 +88,10 @@ def decode(data: np.ndarray, size: int) -> np.ndarray | None:
 
 
 def network_input(rgb: np.ndarray, preprocess: Preprocess) -> Tensor:
-    """Prepared images as the network sees them in validation: centre crop, minus the mean.
+    """Turn stored images into the network's input for validation: centre crop, minus the mean.
 
-    rgb: (N, size, size, 3) uint8 -> (N, 3, crop, crop) float32 channels-last, bit for bit what the loader
-    gives for the same pixels.
+    rgb: (N, size, size, 3) uint8. Returns (N, 3, crop, crop) float32 channels-last, bit-identical to the loader's
+    output for the same pixels.
     """
     start = (preprocess.size - preprocess.crop) // 2
     window = slice(start, start + preprocess.crop)
@@ -98,7 +100,7 @@ def network_input(rgb: np.ndarray, preprocess: Preprocess) -> Tensor:
 
 
 def stored_image(reader: ShardReader, index: int) -> np.ndarray:
-    """A record's pixels, (size, size, 3) uint8 RGB; raises DataError if it does not decode."""
+    """Read the pixels of a record: (size, size, 3) uint8 RGB. Raises DataError if it does not decode."""
     data, _ = reader.read(index)
     image = data if data.ndim == 3 else decode(data, reader.manifest.size)
     if image is None:

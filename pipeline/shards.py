@@ -1,14 +1,14 @@
-"""LMDB shards on disk: the writer, the reader, the manifest and its checksums.
+"""LMDB shards on disk: writer, reader, manifest and checksums.
 
 A split is a directory::
 
-    DATA/train/manifest.json          what is inside, with a checksum of everything
+    DATA/train/manifest.json          its content, with a checksum of each file
     DATA/train/mean.npy               (size, size, 3) float32 RGB, levels 0..255
     DATA/train/shard-00000/data.mdb   a Caffe LMDB: key "00000000", "00000001", ... -> Datum
-    DATA/train/shard-00000/crc32.npy  (count,) uint32, one CRC-32 a record: finds the one damaged image
+    DATA/train/shard-00000/crc32.npy  (count,) uint32, the CRC-32 of each record, to find a damaged image
 
 The global index of a sample counts through the shards in the manifest's order.
-This module is imported by light worker processes: it must not import torch, DALI or OpenCV.
+Light reader processes import this module: it must not import torch, DALI or OpenCV.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ from base.files import file_sha256, fsync_directory, read_regular, write_atomic
 from pipeline.datum_pb2 import Datum
 
 FORMAT_VERSION = 1
-# how images are stored, and the last bytes of a whole file: JPEG's end of image, PNG's last chunk
+# {encoding: last bytes of a complete file}: JPEG's end of image, PNG's last chunk
 ENDS = {"jpeg": b"\xff\xd9", "png": b"IEND\xaeB`\x82", "raw": b""}
 ENCODINGS = tuple(ENDS)
 MANIFEST, MEAN, DATABASE, RECORD_CRCS = "manifest.json", "mean.npy", "data.mdb", "crc32.npy"
-# What a manifest may claim. All of ImageNet's synsets are 21,841 classes. A manifest is read into memory whole.
+# Limits for a manifest, which is read into memory as a whole. ImageNet-21k has 21,841 classes.
 MAX_CLASSES, MAX_SIZE, MAX_MANIFEST_BYTES = 100_000, 4096, 64 << 20
-SECONDS_BETWEEN_LOOKS = (
-    0.1  # at the length of an open shard; a system call a record costs half as much as reading it
-)
+# Between two checks of the length of an open shard. A system call per record costs half as much as reading it.
+SECONDS_BETWEEN_CHECKS = 0.1
 
 
 def shard_name(number: int) -> str:
@@ -56,14 +55,14 @@ def shard_name(number: int) -> str:
 
 
 def record_key(local_index: int) -> bytes:
-    """Key of a shard's `local_index`-th record; zero-padded, so that byte order is number order."""
+    """Key of a shard's `local_index`-th record; zero-padded, so that keys sort by number."""
     return b"%08d" % local_index
 
 
-def foreign(split_dir: Path) -> str | None:
-    """What no build has made: "holds n01440764", or "is a file"; None if `split_dir` can be deleted without regret.
+def find_foreign_entry(split_dir: Path) -> str | None:
+    """Describe an entry that no build made: "holds n01440764", or "is a file"; None if `split_dir` may be deleted.
 
-    Hidden files do not count: some systems make them by themselves.
+    Hidden files do not count: some systems create them.
     """
     if not split_dir.is_dir():
         return "is a file" if split_dir.exists() else None
@@ -89,11 +88,11 @@ _OWN_FILE = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything known about one split; read by every tool and by the trainer.
+    """The metadata of one split, used by the trainer and all tools.
 
-    `channel_mean` is RGB in levels 0..255. `pca_eigenvalues` (descending) and `pca_eigenvectors` (3x3, column
-    i belongs to eigenvalue i; its largest component is positive) are those of the RGB covariance of all
-    pixels scaled to [0, 1], as the colour shift of section 4.1 of the AlexNet paper uses them.
+    `channel_mean` is RGB in levels 0..255. `pca_eigenvalues` (descending) and `pca_eigenvectors` (3x3, column i
+    belongs to eigenvalue i; its largest component is positive) are those of the RGB covariance of all pixels scaled
+    to [0, 1], which the colour shift of the AlexNet paper (section 4.1) uses.
     """
 
     format_version: int
@@ -110,13 +109,13 @@ class Manifest:
     pca_eigenvalues: list[float]
     pca_eigenvectors: list[list[float]]
     mean_sha256: str  # of mean.npy
-    fingerprint: str  # of the source list and the options of the build: the same means "nothing to redo"
-    # {"source", "reason"} of accepted images that the decoder found damage in; not in the file where there are none
+    fingerprint: str  # hash of the list of images and the options; if it is equal, --resume has nothing to do
+    # {"source", "reason"} of accepted images that decoded with a warning; not in the file if empty
     warned: list[dict[str, str]] = field(default_factory=list)
 
     @staticmethod
     def load(split_dir: str | Path) -> Manifest:
-        """Read and check `split_dir`/manifest.json; DataError when it is missing or damaged."""
+        """Read and check `split_dir`/manifest.json. Raises DataError if it is missing or damaged."""
         path = Path(split_dir) / MANIFEST
         try:
             content = read_regular(path, MAX_MANIFEST_BYTES)
@@ -131,22 +130,22 @@ class Manifest:
             version = values["format_version"]
             if version != FORMAT_VERSION:
                 raise DataError(
-                    f"{path} has format {version}, this program reads format {FORMAT_VERSION}: build it again"
+                    f"{path} has format {version}, but this program reads format {FORMAT_VERSION}: build it again"
                 )
             optional: dict[str, Any] = {"warned": []}
             manifest = Manifest(**{f.name: (optional | values)[f.name] for f in fields(Manifest)})
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(damaged) from None
-        # Comparing whole files also finds a flip in white space or in the checksum itself.
+        # Comparing the whole file also finds a changed bit in white space or in the checksum itself.
         if content != manifest._serialise():
             raise DataError(damaged)
-        # The checksum says that the file is whole, not that a build wrote it.
+        # The checksum shows that the file is complete, not that a build wrote it.
         if problem := manifest._problem():
-            raise DataError(f"{path} is not one that a build writes ({problem}): build the data set again")
+            raise DataError(f"{path} has an invalid value ({problem}): build the data set again")
         return manifest
 
     def _problem(self) -> str | None:
-        """What no build writes; everything else in the program relies on the types and ranges checked here."""
+        """The first invalid value, or None. The rest of the program relies on the types and ranges checked here."""
         expected = {
             "split": self.split in ("train", "val"),
             "count": _whole(self.count, 1),
@@ -184,24 +183,24 @@ class Manifest:
                 )
         names = [shard["name"] for shard in self.shards]
         if len(set(names)) != len(names):
-            return "a shard occurs twice"
+            return "a shard is listed twice"
         if (total := sum(shard["count"] for shard in self.shards)) != self.count:
-            return f"{self.count} images, its shards count {total}"
+            return f"{self.count} images, but {total} in its shards"
         return None
 
     @property
     def content_sha256(self) -> str:
-        """Of the records and the mean image: the same for the same data set, however it was made."""
+        """Hash of the records and the mean image; equal for equal data sets, whatever the source."""
         return hashlib.sha256(
             "".join([*(s["sha256"] for s in self.shards), self.mean_sha256]).encode()
         ).hexdigest()
 
     def save(self, split_dir: str | Path) -> None:
-        """Write manifest.json in one atomic step; the same values give the same bytes."""
+        """Write manifest.json atomically; equal values give equal bytes."""
         write_atomic(Path(split_dir) / MANIFEST, self._serialise())
 
     def load_mean(self, split_dir: str | Path) -> np.ndarray:
-        """mean.npy of this manifest: (size, size, 3) float32 RGB, levels 0..255; DataError when damaged."""
+        """Read mean.npy: (size, size, 3) float32 RGB, levels 0..255. Raises DataError if it is damaged."""
         path, shape = Path(split_dir) / MEAN, (self.size, self.size, 3)
         try:
             content = read_regular(path, 12 * self.size**2 + _NPY_HEADER)
@@ -215,9 +214,9 @@ class Manifest:
         try:
             mean = read_array(content, np.float32, shape)
         except ValueError as error:
-            raise DataError(f"{path} is no mean image ({error}): build the data set again") from None
+            raise DataError(f"{path} is not a mean image ({error}): build the data set again") from None
         if not ((mean >= 0) & (mean <= 255)).all():
-            raise DataError(f"{path} is no mean image (levels outside 0..255): build the data set again")
+            raise DataError(f"{path} is not a mean image (levels outside 0..255): build the data set again")
         return mean
 
     def _serialise(self) -> bytes:
@@ -230,7 +229,7 @@ class Manifest:
 
 
 _SHARD_NAME = r"shard-\d{5,9}"
-_NPY_HEADER = 4096  # bytes, at most; np.save writes 128
+_NPY_HEADER = 4096  # maximum size in bytes; np.save writes 128
 
 
 def _whole(value: object, least: int = 0, most: int = 2**63 - 1) -> bool:
@@ -238,7 +237,7 @@ def _whole(value: object, least: int = 0, most: int = 2**63 - 1) -> bool:
 
 
 def _numbers(values: object, least: float, most: float) -> bool:
-    """Whether `values` are three numbers in that range, which NaN is not."""
+    """Whether `values` is a list of three numbers in that range; NaN is not."""
     return (
         isinstance(values, list)
         and len(values) == 3
@@ -254,26 +253,26 @@ def _keys(entry: object, **types: type | tuple[type, ...]) -> bool:
 
 
 def read_array(content: bytes, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
-    """The array in the bytes of an .npy file; ValueError unless it is whole, of this type and of this shape.
+    """Read the content of an .npy file; ValueError unless it is complete and has this type and shape.
 
-    np.load would make room for whatever shape the header claims.
+    np.load would allocate memory for any shape that the header claims.
     """
     file = io.BytesIO(content)
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("an .npy file of another version")
+        raise ValueError("unknown version of the .npy format")
     try:
         found = np.lib.format.read_array_header_1_0(file)
-    except Exception:  # it is a Python expression, whose parser raises many kinds
+    except Exception:  # it is a Python expression, whose parser raises many types
         raise ValueError("its header is damaged") from None
     if found != (shape, False, np.dtype(dtype)):
         raise ValueError(f"{found[2]} {found[0]} instead of {np.dtype(dtype)} {shape}")
     if len(content) - file.tell() != np.dtype(dtype).itemsize * math.prod(shape):
-        raise ValueError("it is cut short, or too long")
+        raise ValueError("its length is wrong")
     return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape).copy()
 
 
 def read_crcs(directory: Path, shard: dict[str, Any]) -> np.ndarray:
-    """The CRC-32 of every record of a shard, uint32 (count,); DataError when missing or damaged."""
+    """Read the CRC-32 of every record of a shard, (count,) uint32. Raises DataError if missing or damaged."""
     path = directory / RECORD_CRCS
     try:
         content = read_regular(path, 4 * shard["count"] + _NPY_HEADER)
@@ -289,28 +288,28 @@ def read_crcs(directory: Path, shard: dict[str, Any]) -> np.ndarray:
 
 
 def _check_open_files(error: OSError | lmdb.Error, path: Path) -> None:
-    """Raise DataError with the remedy where nothing is wrong with `path` but that it is one file too many."""
+    """Raise DataError with the remedy if opening `path` failed because too many files are open."""
     code = error.errno if isinstance(error, OSError) else getattr(error, "code", None)
     if code in (errno.EMFILE, errno.ENFILE):
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         raise DataError(
-            f"cannot open {path}: too many open files (each shard is one, this process may have {allowed}): "
+            f"cannot open {path}: too many open files (one per shard, and the limit is {allowed}): "
             "raise the limit with `ulimit -n 65536`, in Docker with `--ulimit nofile=65536`"
         ) from None
 
 
 def _no_data_set(split_dir: Path) -> str:
-    """What to do where there is no manifest."""
+    """The error message if there is no manifest."""
     out, split = split_dir.parent, split_dir.name if split_dir.name in ("train", "val") else "train|val"
     if (out / MANIFEST).exists():
         whole = out.resolve().parent
-        return f"no data set in {split_dir}: {out} is one split of a data set, give {whole}"
+        return f"no data set in {split_dir}: {out} is one split of a data set; give {whole}"
     missing = f"no data set in {split_dir} ({MANIFEST} is missing)"
     if any(split_dir.glob("shard-*/data.mdb")):
         return f"{missing}, only shards: restore it from a copy or build the data set again"
-    if other := foreign(split_dir):
+    if other := find_foreign_entry(split_dir):
         return (
-            f"{missing}, which {other}: `python tools/build_lmdb.py {out} OUT` builds one in OUT, give that"
+            f"{missing}, which {other}: build one with `python tools/build_lmdb.py {out} OUT`, then give OUT"
         )
     command = f"python tools/build_lmdb.py SOURCE {out}"
     remedy = f"{missing}: build it with `{command} --split {split}`"
@@ -320,9 +319,9 @@ def _no_data_set(split_dir: Path) -> str:
 
 
 class ShardWriter:
-    """Writes one shard: `append` in order, then `close`. The same records give the same file bytes."""
+    """Writes one shard: call `append` for each record, then `close`. Equal records give equal files."""
 
-    BATCH = 64  # records a transaction: bounds memory, and spreads the cost of a commit
+    BATCH = 64  # records per transaction: limits memory, and shares the cost of a commit
 
     def __init__(self, directory: Path, size: int, encoded: bool) -> None:
         """Create `directory`, which must not exist, for `size` x `size` records."""
@@ -332,14 +331,14 @@ class ShardWriter:
         self._size, self._encoded = size, encoded
         self._pending: list[bytes] = []
         self._crcs: list[int] = []
-        # The file is worthless until the final sync, and only this process knows it: no sync, no lock file.
-        # Not a sparse `writemap`: that turns a full disk into SIGBUS.
+        # Nobody else uses the file before the final sync, so it needs neither syncs nor a lock file. No `writemap`:
+        # it would turn a full disk into SIGBUS.
         self._env = lmdb.open(
             os.fsencode(directory), map_size=1 << 24, sync=False, metasync=False, lock=False
         )
 
     def append(self, data: bytes, label: int) -> None:
-        """Store one image (`data` as the encoding wants it) under the next key."""
+        """Store one image under the next key. `data` has the split's encoding."""
         datum = Datum(channels=3, height=self._size, width=self._size, data=data, label=label)
         datum.encoded = self._encoded
         record = datum.SerializeToString(deterministic=True)
@@ -349,7 +348,7 @@ class ShardWriter:
             self._commit()
 
     def close(self) -> dict[str, Any]:
-        """Finish on disk; returns the shard's entry in the manifest, but for its name."""
+        """Finish the shard on disk; return its manifest entry without the name."""
         self._commit()
         self._env.sync(True)
         self._env.close()
@@ -367,7 +366,7 @@ class ShardWriter:
         }
 
     def abort(self) -> None:
-        """Release the file, finished or not; whoever made the directory removes it."""
+        """Close the file, finished or not. The caller removes the directory."""
         self._env.close()
 
     def _commit(self) -> None:
@@ -378,18 +377,18 @@ class ShardWriter:
                         transaction.put(record_key(self.count + offset), record, append=True)
                 break
             except lmdb.MapFullError:
-                # Doubling depends on the records alone, so the file stays the same from build to build.
+                # Doubling depends only on the records, so every build gives the same file.
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
         self.count += len(self._pending)
         self._pending.clear()
 
 
-# LMDB allows one environment a file and process: readers share it, and the last of them closes it by going.
+# LMDB allows one environment per file and process. Readers share it; it closes when the last of them is gone.
 _environments: WeakValueDictionary[tuple[int, int], Any] = WeakValueDictionary()
 
 
 def _close_inherited() -> None:
-    """In a forked child: LMDB opens no file twice, and any reader of the parent may have it open."""
+    """Runs in a forked child: LMDB cannot open a file twice, and the parent's readers may have it open."""
     for env in list(_environments.values()):
         env.close()
     _environments.clear()
@@ -403,11 +402,11 @@ def _environment(directory: Path) -> Any:
     key = (file.st_dev, file.st_ino)
     env = _environments.get(key)
     if env is None:
-        # every shard stays open: thousands of them are more than most systems allow at first
+        # Every shard stays open, and a data set can have more than the default limit of open files.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        # readahead=False: reads are random, pages read ahead would only push others out of memory.
+        # readahead=False: reads are random, so pages read ahead would only evict others.
         try:
             env = lmdb.open(os.fsencode(directory), readonly=True, lock=False, readahead=False, create=False)
         except lmdb.Error as error:
@@ -420,13 +419,13 @@ def _environment(directory: Path) -> Any:
 class ShardReader:
     """Random access to the records of a split by global index.
 
-    Opens shards when first needed, read-only and without lock files, so that read-only media, many processes
-    and many readers at once work. Can be pickled and survives fork: each process opens its own files.
-    Use one reader a thread. `checksums`: compare every record that is read with its CRC-32 of the build.
+    Opens shards on first use, read-only and without lock files, so it works on read-only media and with many
+    processes at once. Can be pickled and forked: each process opens its own files. Use one reader per thread.
+    `checksums`: compare each record that is read with the CRC-32 from the build.
     """
 
     def __init__(self, split_dir: str | Path, checksums: bool = True) -> None:
-        """Check the manifest and every shard's file size; DataError names what is missing or damaged."""
+        """Check the manifest and the size of every shard. DataError names what is missing or damaged."""
         self.split_dir = Path(split_dir)
         self.manifest = Manifest.load(self.split_dir)
         self._checksums = checksums
@@ -440,9 +439,9 @@ class ShardReader:
                 actual = path.stat().st_size
             except OSError as error:
                 raise DataError(
-                    f"cannot read shard {path}: {error.strerror}; restore it or build again"
+                    f"cannot read shard {path}: {error.strerror}; restore it or build the data set again"
                 ) from None
-            # A file cut short would otherwise kill the process at the first read beyond its end.
+            # Reading past the end of a truncated file would kill the process.
             if actual != shard["bytes"]:
                 raise DataError(
                     f"shard {path} has {actual:,} bytes instead of {shard['bytes']:,}: "
@@ -456,22 +455,22 @@ class ShardReader:
         return self.manifest.count
 
     def locate(self, index: int) -> tuple[str, bytes]:
-        """(shard name, key) of global `index`; IndexError outside 0..len-1."""
+        """Return (shard name, key) of global `index`; IndexError outside 0..len-1."""
         shard, local = self._split_index(index)
         return self.manifest.shards[shard]["name"], record_key(local)
 
     def stored_bytes(self, index: int) -> int:
         """Size of the record of global `index` in its shard, a few bytes more than its data.
 
-        IndexError outside 0..len-1; DataError where there is none.
+        IndexError outside 0..len-1; DataError if the record is missing.
         """
         return len(self._stored(*self._split_index(index)))
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
-        """(data, label) of global `index`.
+        """Return (data, label) of global `index`.
 
-        data: uint8, 1-d (the bytes of the JPEG or PNG file), or (size, size, 3) RGB when the encoding is raw.
-        It is read-only. IndexError outside 0..len-1; DataError naming shard and key when damaged.
+        data: read-only uint8, either 1-d (the bytes of the JPEG or PNG file) or (size, size, 3) RGB (raw encoding).
+        IndexError outside 0..len-1; DataError with shard and key if the record is damaged.
         """
         shard, local = self._split_index(index)
         record = bytes(self._stored(shard, local))
@@ -497,7 +496,7 @@ class ShardReader:
         return data, datum.label
 
     def _stored(self, shard: int, local: int) -> memoryview:
-        """The record as it lies in the file, which is mapped into memory: to be used at once."""
+        """The record in the memory-mapped file. Valid only until the next call."""
         if os.getpid() != self._pid:
             self._reset()
         try:
@@ -511,25 +510,25 @@ class ShardReader:
         return value
 
     def _check_length(self, shard: int) -> None:
-        """DataError if the open file has been cut meanwhile: a read beyond its end would kill the process."""
+        """Raise DataError if the open file was truncated: reading past its end would kill the process."""
         now = time.monotonic()
-        if now - self._looked[shard] < SECONDS_BETWEEN_LOOKS:
+        if now - self._checked_at[shard] < SECONDS_BETWEEN_CHECKS:
             return
-        self._looked[shard] = now
+        self._checked_at[shard] = now
         path, number = self._files[shard]
         try:
             file = path.stat()
         except OSError:
-            return  # moved or deleted: what is open stays readable
+            return  # moved or deleted: the open file stays readable
         if file.st_ino == number and file.st_size != self.manifest.shards[shard]["bytes"]:
             expected = self.manifest.shards[shard]["bytes"]
             raise DataError(
-                f"shard {path} was changed while it is read, from {expected:,} to {file.st_size:,} bytes: "
+                f"shard {path} was changed while in use, from {expected:,} to {file.st_size:,} bytes: "
                 "restore it or build the data set again"
             )
 
     def check_counts(self) -> None:
-        """Open every shard and count its records; DataError names the one that has more or fewer."""
+        """Open every shard and check its number of records. Raises DataError that names a shard with another."""
         for shard in range(len(self._ends)):
             try:
                 self._open(shard)
@@ -540,14 +539,14 @@ class ShardReader:
                 ) from None
 
     def close(self) -> None:
-        """Release the files; a later read opens them again."""
+        """Close the files; a later read opens them again."""
         for transaction in self._transactions:
             if transaction is not None:
                 transaction.abort()
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        open_files = ("_transactions", "_crcs", "_files", "_looked", "_pid")
+        open_files = ("_transactions", "_crcs", "_files", "_checked_at", "_pid")
         return {name: value for name, value in self.__dict__.items() if name not in open_files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -557,8 +556,8 @@ class ShardReader:
     def _reset(self) -> None:
         self._transactions: list[Any] = [None] * len(self._ends)
         self._crcs: list[np.ndarray | None] = [None] * len(self._ends)
-        self._files = [(Path(), 0)] * len(self._ends)  # path and inode of what is open
-        self._looked = [0.0] * len(self._ends)  # when its length was last checked
+        self._files = [(Path(), 0)] * len(self._ends)  # path and inode of each open file
+        self._checked_at = [0.0] * len(self._ends)  # when its length was last checked
         self._pid = os.getpid()
 
     def _split_index(self, index: int) -> tuple[int, int]:
@@ -581,7 +580,7 @@ class ShardReader:
             )
         if self._checksums:
             self._crcs[shard] = read_crcs(directory, entry)
-        # A read transaction that stays open costs nothing here: nobody writes to a finished shard.
+        # An open read transaction costs nothing, because nobody writes to a finished shard.
         transaction = env.begin(buffers=True)
         self._transactions[shard] = transaction
         return transaction
@@ -597,12 +596,12 @@ class ShardReader:
 def pca_of_moments(
     pixels: int, sums: Sequence[int], products: Sequence[Sequence[int]]
 ) -> tuple[list[float], list[float], list[list[float]]]:
-    """(channel mean, eigenvalues, eigenvectors) for the manifest, from exact integer moments.
+    """Compute (channel mean, eigenvalues, eigenvectors) for the manifest from exact integer moments.
 
-    pixels: how many were summed; sums: (3,) and products: (3, 3) of integers, over RGB levels 0..255.
+    pixels: number of pixels; sums: (3,) and products: (3, 3) integers, over RGB levels 0..255.
     """
     mean = [int(total) / pixels for total in sums]
-    # n·Σxy − Σx·Σy stays in integers; only the one division rounds, so order and workers cannot matter.
+    # n·Σxy − Σx·Σy is an exact integer and only one division rounds, so the order of summation does not matter.
     scale = (255 * pixels) ** 2
     covariance = np.array(
         [
@@ -612,7 +611,7 @@ def pca_of_moments(
     )
     values, vectors = np.linalg.eigh(covariance)
     values, vectors = values[::-1], vectors[:, ::-1]
-    # eigh leaves the sign open: make the largest component of each column positive.
+    # The sign of an eigenvector is arbitrary: make the largest component of each column positive.
     largest = np.abs(vectors).argmax(axis=0)
     vectors = vectors * np.where(vectors[largest, range(3)] < 0, -1.0, 1.0)
     assert all(math.isfinite(value) for value in mean)

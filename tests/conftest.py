@@ -1,4 +1,4 @@
-"""Real photographs (they come inside the scikit-image wheel) and a tiny data set made of them."""
+"""Photographs from the scikit-image wheel, and a small data set made from them."""
 
 import math
 import os
@@ -35,7 +35,7 @@ def photos() -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def class_folders(photos: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SOURCE/{train,val}/<class>/*.JPEG: 96 and 24 tiles of four photographs, of many sizes."""
+    """SOURCE/{train,val}/<class>/*.JPEG: 96 and 24 tiles of four photographs, in many sizes."""
     source = tmp_path_factory.mktemp("raw")
     rng = np.random.default_rng(12)
     for name in CLASSES:
@@ -65,25 +65,25 @@ def dataset(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(autouse=True, scope="session")
 def no_reader_ends_the_tests() -> None:
-    """A trainer that waits for a dead reader ends itself; here pytest's own time limit does."""
+    """Disable the time limit after which a trainer that waits for a dead reader ends its own process."""
     pipeline.load.readers.PATIENCE = math.inf
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Nothing depends on how the tests are started, or on what the user has built before."""
-    # Before any test module is imported: some build kernels then. The user's own cache may hold anything.
+    """Make tests independent of how they are started and of the user's cache of kernels."""
+    # before test modules are imported, because some compile kernels then
     cache = tempfile.TemporaryDirectory(prefix="alexnet-tests-")
     config.add_cleanup(cache.cleanup)
     os.environ["XDG_CACHE_HOME"] = cache.name
     os.environ.pop("ALEXNET_NATIVE", None)
-    # `nohup make test &` ignores Ctrl-C, and programs inherit that. They do not inherit a function.
+    # after `nohup make test &`, SIGINT is ignored, and child processes inherit that; they do not inherit a handler
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda number, frame: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in tests/system are slow ones; those marked `gpu` are skipped where there is none."""
+    """Mark tests in tests/system as slow; skip those marked `gpu` without a GPU."""
     import torch
 
     without_gpu = not torch.cuda.is_available()

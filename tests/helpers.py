@@ -1,4 +1,4 @@
-"""What several tests share: folders as dictionaries, waiting, and checkpoints made without a training."""
+"""Shared helpers: train.py in and outside this process, checkpoints without training, files, waiting."""
 
 import io
 import json
@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from click.testing import CliRunner, Result
 
 import native
 import train
+from base.files import lock
 from model.alexnet import AlexNet
 from model.training import checkpoint, recipe
 from model.training.checkpoint import Checkpoints
@@ -29,13 +31,13 @@ from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = Options(size=64, images_per_shard=8)  # of the builds in tests
+OPTIONS = Options(size=64, images_per_shard=8)  # for builds
 CRASH = b"this file takes the whole process down"
-# tests of kernels are skipped without a compiler only: with one, a kernel that is missing is a failure
+# without a compiler, tests of kernels are skipped; with one, a missing kernel is a failure
 needs_compiler = pytest.mark.skipif(
     shutil.which(native.compiler()[0]) is None, reason=f"no C++ compiler ({native.compiler()[0]})"
 )
-CROP = 67  # small and quick: the last map is of one pixel
+CROP = 67  # small and fast: the last maps have one pixel
 
 
 def make_run(
@@ -48,12 +50,12 @@ def make_run(
     seed: int = 0,
     **options: Any,
 ) -> Path:
-    """A run folder with best.pt of a network that was never trained, but tells images apart."""
+    """Make a run folder with best.pt of an untrained network whose outputs differ between images."""
     manifest = Manifest.load(data / "train")
     preprocess = Preprocess.load(data / "train", crop, mean)
     network = AlexNet(len(manifest.classes), variant, image_size=crop, **options)
     recipe.initialise(network, DEFAULT_INIT[variant], seed)
-    # fresh outputs are all but equal, and whose turn it is a matter of rounding: spread them
+    # the outputs of initial weights are almost equal, so that their order depends on rounding: spread them
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         last = network.classifier[-1].weight
@@ -84,12 +86,12 @@ def make_run(
 
 
 def train_command(*arguments: object) -> list[str]:
-    """train.py with `arguments`, as a command of its own."""
+    """The command line of train.py with `arguments`."""
     return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
 
 
 def run_train(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run train.py to its end in a process of its own; fail the test unless it exits with `code`."""
+    """Run train.py in its own process; fail the test unless it exits with `code`."""
     done = subprocess.run(
         train_command(*arguments), capture_output=True, text=True, timeout=240, cwd=ROOT, check=False
     )
@@ -98,7 +100,7 @@ def run_train(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[
 
 
 def write_log(run: Path, epochs: int = 3, steps: int = 6) -> None:
-    """log.jsonl and config.json as train.py's Log writes them."""
+    """Write log.jsonl and config.json as train.py does."""
     lines = []
     for step in range(1, epochs * steps + 1):
         epoch = (step - 1) // steps
@@ -113,7 +115,7 @@ def write_log(run: Path, epochs: int = 3, steps: int = 6) -> None:
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
-    """A tar with these members."""
+    """Make a tar with these members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in files.items():
@@ -124,7 +126,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 def webdataset(names: dict[str, bytes], number_of: dict[str, int]) -> bytes:
-    """A tar of key.json, key.jpg and key.cls."""
+    """Make a WebDataset tar of key.json, key.jpg and key.cls."""
     members: dict[str, bytes] = {}
     for key, content in names.items():
         members |= {f"{key}.json": b"{}", f"{key}.jpg": content, f"{key}.cls": str(number_of[key]).encode()}
@@ -134,7 +136,7 @@ def webdataset(names: dict[str, bytes], number_of: dict[str, int]) -> bytes:
 def write_parquet(
     path: Path, rows: Sequence[tuple[bytes | None, str | None, int]], names: list[str] | None
 ) -> None:
-    """A file of Hugging Face's form, four rows a row group; rows are (bytes, path, label)."""
+    """Write a file as Hugging Face does, with four rows per row group; rows are (bytes, path, label)."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", image), ("label", pa.int64())])
@@ -147,7 +149,7 @@ def write_parquet(
 
 
 def decode(record: np.ndarray) -> np.ndarray:
-    """The RGB pixels of a JPEG or PNG file's bytes."""
+    """Decode a JPEG or PNG file's bytes to RGB."""
     image = cv2.imdecode(record, cv2.IMREAD_COLOR)
     assert image is not None
     return image[..., ::-1]
@@ -165,16 +167,25 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Relative path -> content of every file in `folder`."""
+    """Relative path -> content of each file in `folder`."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Fail the test unless `condition` holds within so many seconds."""
+    """Wait until `condition` holds; fail the test after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+@contextmanager
+def held_up(out: Path, number: int) -> Iterator[Path]:
+    """Lock one shard of the build that --resume will start in OUT/train, so that it cannot end. Yields work/."""
+    work = out / "train.partial/work"
+    work.mkdir(parents=True)
+    with lock(work / f"shard-{number:05d}.lock", "the lock is new"):
+        yield work
 
 
 def newest(out: Path) -> dict[str, Any]:
@@ -189,7 +200,7 @@ def same_weights(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def train_here(*arguments: object) -> Result:
-    """train.py in this process, on the CPU: much sooner than a process that imports torch first."""
+    """Run train.py in this process on the CPU, which is much faster than a process that imports torch."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     try:
@@ -201,7 +212,7 @@ def train_here(*arguments: object) -> Result:
 
 
 def train_error(*arguments: object, code: int = 1) -> str:
-    """The one line with which train.py, called in this process, refuses `arguments`."""
+    """Run train.py in this process; returns the one line with which it refuses `arguments`."""
     done = train_here(*arguments)
     assert done.exit_code == code, (done.output, done.exception)
     lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]

@@ -1,1 +1,1 @@
-"""Command-line tools, one click command a file."""
+"""Command-line tools, one click command per file."""

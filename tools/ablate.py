@@ -1,7 +1,7 @@
-"""The paper's claims, one switch each: python tools/ablate.py DATA --claims lrn,pool -- options of train.py.
+"""Test the paper's claims, one switch at a time: python tools/ablate.py DATA --claims lrn,pool [-- OPTIONS]
 
-Each run is an ordinary `train.py` run in OUT/NAME/seed-S. What is finished is not run again, what was stopped goes
-on with --resume, so the same command picks up where it was.
+Each job is an ordinary run of train.py in OUT/NAME/seed-S. Finished jobs are not run again and interrupted ones
+continue with --resume, so the same command continues an interrupted ablation.
 """
 
 from __future__ import annotations
@@ -13,50 +13,97 @@ from typing import Any
 import click
 
 from base.errors import ModelError
-from model.alexnet import ACTIVATIONS
-from model.parallel.ranks import count_gpus
-from pipeline.shards import ShardReader
+from base.files import lock, make_directory
+from model.training.log import writing
 from tools.ablation.claims import BASELINE, CLAIMS, EVALUATED, evaluate_baseline, planned, summarise
-from tools.ablation.figure1 import cifar_shards, figure1
-from tools.ablation.jobs import Workers, locked
-from tools.ablation.report import curves_figure, figure1_figure, report
-from tools.lib.cli import CONTEXT, option
-from tools.lib.figures import save
+from tools.ablation.jobs import Workers
+from tools.lib import cli
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(
+    context_settings=cli.CONTEXT,
+    epilog=cli.examples(
+        "python tools/ablate.py data/imagenet --claims lrn,pool --seeds 5 -- --variant paper",
+        "python tools/ablate.py --figure1 cifar-10-binary.tar.gz --activations relu,tanh",
+    ),
+)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
-@click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- TRAIN.PY'S OPTIONS]")
-@option("--out", type=click.Path(path_type=Path), default=Path("runs/ablate"), help="All runs and the table.")
-@option("--claims", default="all", help=f"Of {', '.join([*CLAIMS, *EVALUATED])}, with commas between.")
-@option("--only", default="", help="Of the claims' runs, only these (names as in the table, commas between).")
-@option("--seeds", type=click.IntRange(1), default=3)
-@option("--epochs", type=click.IntRange(1), default=90)
-@option("--jobs", type=click.IntRange(1), default=None, show_default="one a GPU; 1 on the CPU")
-@option("--gpus", type=click.IntRange(0), default=None, show_default="all there are", help="0: the CPU.")
-@option(
-    "--threads", type=click.IntRange(1), default=None, show_default="a share of the cores", help="A job's."
+@click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTIONS OF TRAIN.PY]")
+@cli.option(
+    "--out", type=click.Path(path_type=Path), default=Path("runs/ablate"), help="Folder for runs and results."
 )
-@option(
-    "--figure1", type=click.Path(path_type=Path), default=None, help="CIFAR-10: archive, folders or shards."
+@cli.option(
+    "--claims",
+    default="all",
+    help=f"Claims to test, comma-separated: {', '.join([*CLAIMS, *EVALUATED])}.",
 )
-@option("--activations", default="relu,tanh", help="Of figure 1, with commas between.")
-@option(
-    "--lrs", default="0.0003,0.001,0.003,0.01", help="Learning rates that figure 1 tries for each activation."
+@cli.option(
+    "--only",
+    default="",
+    show_default="all of them",
+    help="Runs of these claims to do, comma-separated, by their names in the table.",
 )
-@option("--tune-epochs", type=click.IntRange(1), default=2, help="Figure 1: of each rate's trial.")
-@option("--max-epochs", type=click.IntRange(1), default=60, help="Figure 1: after which it is given up.")
+@cli.option("--seeds", type=click.IntRange(1), default=3, help="Number of seeds for each run.")
+@cli.option("--epochs", type=click.IntRange(1), default=90, help="Epochs of each run on DATA.")
+@cli.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=None,
+    show_default="the number of GPUs; 1 on the CPU",
+    help="Number of runs at the same time.",
+)
+@cli.option(
+    "--gpus",
+    type=click.IntRange(0),
+    default=None,
+    show_default="all",
+    help="Number of GPUs to use, one per run; 0 uses the CPU.",
+)
+@cli.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=None,
+    show_default="the cores divided by --jobs",
+    help="CPU threads of each run.",
+)
+@cli.option(
+    "--figure1",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="off",
+    help="Repeat the paper's figure 1 on this CIFAR-10: the archive, class folders or shards.",
+)
+@cli.option("--activations", default="relu,tanh", help="Activations for --figure1, comma-separated.")
+@cli.option(
+    "--lrs",
+    default="0.0003,0.001,0.003,0.01",
+    help="Learning rates that --figure1 tries for each activation, comma-separated.",
+)
+@cli.option("--tune-epochs", type=click.IntRange(1), default=2, help="Epochs of each trial of --figure1.")
+@cli.option(
+    "--max-epochs",
+    type=click.IntRange(1),
+    default=60,
+    help="Epochs after which --figure1 gives up on a run that has not reached 25 % error.",
+)
 def main(**config: Any) -> None:
-    """Run the paper's claims on DATA over several seeds, and print how each switch changes the error.
+    """Test the paper's claims on DATA over several seeds and print how each switch changes the error.
 
-    A claim is the baseline beside the same with one switch turned; differences are taken seed by seed. Options
-    after `--` go to train.py: to the runs on DATA, or without DATA to those of figure 1. --figure1 measures the
-    epochs that four-layer networks take to 25 % training error on CIFAR-10, each activation at the best of --lrs.
-    Writes table.md, results.json and PNGs of the curves to --out. Run the same command again to continue after an
-    interruption; finished runs stay.
+    Each claim compares the baseline with runs that differ in one option; differences are between runs of the same
+    seed. Options after `--` go to train.py, for the runs on DATA, or without DATA for those of --figure1.
+    --figure1 measures how many epochs four-layer networks need to reach 25 % training error on CIFAR-10, each
+    activation at the best of --lrs. Results are written to --out: table.md, results.json and the curves as PNG.
+    To continue after an interruption, run the same command again.
     """
+    from model.alexnet import ACTIVATIONS
+    from model.parallel.ranks import count_gpus
+    from pipeline.shards import ShardReader
+    from tools.ablation.figure1 import cifar_shards, figure1
+    from tools.ablation.report import curves_figure, figure1_figure, report
+    from tools.lib.figures import save
+
     out: Path = config["out"]
-    if str(config["data"]).startswith("-"):  # the first option after `--`, where there is no DATA
+    if str(config["data"]).startswith("-"):  # without DATA, the first option after `--`
         config["extra"], config["data"] = (str(config["data"]), *config["extra"]), None
     if config["data"] is None and config["figure1"] is None:
         raise click.UsageError("give DATA, or --figure1 CIFAR-10, or both")
@@ -72,7 +119,15 @@ def main(**config: Any) -> None:
             ShardReader(config["data"] / split).close()
     parts: dict[str, Any] = {}
     failed: list[str] = []
-    with locked(out) as lock, Workers(jobs, gpus, config["threads"], lock) as workers:
+    with writing(out):
+        make_directory(out)
+    taken = (
+        f"another tools/ablate.py, or a run that it started, uses {out}: wait for it, or give another --out"
+    )
+    with (
+        lock(out / ".lock", taken) as descriptor,
+        Workers(jobs, gpus, config["threads"], descriptor) as workers,
+    ):
         try:
             if config["data"] is not None:
                 options = [
@@ -105,11 +160,11 @@ def main(**config: Any) -> None:
                 )
                 failed += [f"{run.title}: {run.result['failed']}" for run in runs if "failed" in run.result]
                 save(figure1_figure(parts["figure1"]), out / "figure1.png")
-        finally:  # whatever ends it early: what has been found is kept
+        finally:  # keep the results so far if anything fails
             if parts:
                 report(parts, failed, out)
     if failed:
-        raise ModelError(f"{len(failed)} runs failed, and the table is without them: see above")
+        raise ModelError(f"{len(failed)} runs failed and are not in the table: see their errors above")
 
 
 def chosen_claims(text: str) -> list[str]:
@@ -118,10 +173,10 @@ def chosen_claims(text: str) -> list[str]:
 
 
 def chosen(text: str, kind: str, known: Iterable[str]) -> list[str]:
-    """The names in `text`, commas between; raises UsageError for one that is not known."""
+    """Split comma-separated names; raises BadParameter for a name that is not in `known`."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if unknown := [name for name in names if name not in known]:
-        raise click.BadParameter(f"no {kind} {', '.join(unknown)}: choose of {', '.join(known)}")
+        raise click.BadParameter(f"no {kind} {', '.join(unknown)}: choose from {', '.join(known)}")
     return names
 
 

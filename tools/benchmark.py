@@ -1,4 +1,4 @@
-"""Measures each stage against the machine's own limit and against the usual alternative."""
+"""Benchmark each stage against the machine's limit and against common alternatives."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import click
 from tools.lib import cli
 
 STAGES = ("build", "read", "load", "lrn", "step", "train", "ranks", "scale", "peers")
-LONG = (
-    "scale",
-    "peers",
-)  # only if asked for: 240,000 images (5 GB); loaders with an environment of their own
+LONG = ("scale", "peers")  # 240,000 images with 5 GB; other loaders, in their own environment
 
 
 @click.command(
@@ -30,32 +27,32 @@ LONG = (
     multiple=True,
     default=[stage for stage in STAGES if stage not in LONG],
     show_default="all but scale, which builds 5 GB, and peers",
-    help="Measure only this stage; can be given more than once.",
+    help="Stage to measure; may be repeated.",
 )
-@cli.option("--rounds", type=click.IntRange(1), default=3, help="Turns; the median is reported.")
+@cli.option("--rounds", type=click.IntRange(1), default=3, help="Number of rounds; the median is reported.")
 @cli.option("--batch", type=click.IntRange(2), default=128, help="Images per batch.")
 @click.option(
     "--workers",
     type=click.IntRange(1),
     default=None,
-    show_default="cores",
-    help="Worker processes of a build.",
+    show_default="the number of cores",
+    help="Worker processes for the build.",
 )
-@cli.file_option("--json", "Also write the rows as JSON.")
+@cli.file_option("--json", "Also write the results as JSON.")
 @click.option("--cpu", is_flag=True, help="Measure on the CPU even if there is a GPU.")
 @cli.option(
     "--peers-python",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=None,
-    show_default="that of .venv-peers (`make bench-peers`) if it exists, else this one",
-    help="Python interpreter that runs the other loaders of the stage peers.",
+    show_default="that of .venv-peers, which `make bench-peers` creates, else this one",
+    help="Python interpreter for the other loaders in the stage peers.",
 )
 @click.option(
     "--issue",
     "issue_path",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Print one block for an issue: the machine, the table, the JSON, and the end of FILE, the tests' output.",
+    help="Print one block for an issue: machine, table, JSON, and the end of FILE, the tests' output.",
 )
 def main(
     photographs: Path | None,
@@ -68,9 +65,10 @@ def main(
     peers_python: Path | None,
     issue_path: Path | None,
 ) -> None:
-    """Measure each stage with PHOTOGRAPHS, class folders in train/ (and val/), on this machine's GPU or CPU.
+    """Measure each stage on PHOTOGRAPHS, class folders in train/ and optionally val/, on the GPU or the CPU.
 
-    Without PHOTOGRAPHS the demo's tiles are used. Prints a Markdown table. What is compared was measured in turns.
+    Without PHOTOGRAPHS, the tiles of tools/demo.py are used. Prints a Markdown table. What is compared is
+    measured in turns.
     """
     from tools.bench.stages import measure
 

@@ -37,62 +37,68 @@ SHOWN_REASONS = 5
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False), default=Path("data/imagenet"))
 @click.option(
-    "--split", type=click.Choice(["train", "val"]), help="Build this one only.  [default: all found]"
+    "--split", type=click.Choice(["train", "val"]), help="Build only this split.  [default: all that exist]"
 )
 @click.option(
     "--labels",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Lines `filename label`, for images without class folders; a label is a wnid or a number.",
+    help="File of lines `filename label`, for images without class folders; a label is a wnid or a number.",
 )
 @click.option(
     "--devkit",
     type=click.Path(path_type=Path, exists=True),
-    help="ILSVRC2012_devkit_t12.tar.gz or its folder: validation labels and class names."
-    "  [default: looked for beside the images]",
+    help="ILSVRC2012_devkit_t12.tar.gz or its folder, with validation labels and class names."
+    "  [default: found beside the images]",
 )
 @click.option(
     "--names",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Lines `wnid name`.  [default: LOC_synset_mapping.txt or synset_words.txt beside the images]",
+    help="File of lines `wnid name`.  [default: LOC_synset_mapping.txt or synset_words.txt beside the images]",
 )
 @click.option(
-    "--workers", type=click.IntRange(1), help="Processes that decode and write.  [default: one a core]"
+    "--workers",
+    type=click.IntRange(1),
+    help="Number of processes that decode and write.  [default: one per core]",
 )
 @click.option(
     "--scheduler",
     metavar="tcp://HOST:PORT",
-    help="Of a Dask cluster whose workers do the work; they must see SOURCE and OUT by the same paths.",
+    help="Build on the Dask cluster with this scheduler; its workers must see SOURCE and OUT at the same paths.",
 )
 @click.option(
     "--encoding",
     type=click.Choice(ENCODINGS),
     default="jpeg",
     show_default=True,
-    help="jpeg is the smallest; png loses nothing; raw needs no decoding either, and the most space.",
+    help="jpeg is the smallest; png is lossless; raw is lossless, needs no decoding, and is the largest.",
 )
-@click.option("--quality", type=click.IntRange(1, 100), help=f"Of the JPEGs.  [default: {DEFAULT_QUALITY}]")
+@click.option("--quality", type=click.IntRange(1, 100), help=f"JPEG quality.  [default: {DEFAULT_QUALITY}]")
 @click.option(
-    "--size", type=click.IntRange(1, 4096), default=256, show_default=True, help="Side of the stored squares."
+    "--size",
+    type=click.IntRange(1, 4096),
+    default=256,
+    show_default=True,
+    help="Side of the stored square images, in pixels.",
 )
 @click.option(
     "--images-per-shard",
     type=click.IntRange(1),
-    help=f"At most.  [default: {MAX_IMAGES_PER_SHARD:,}, fewer where there are few images]",
+    help=f"Maximum number of images per shard.  [default: {MAX_IMAGES_PER_SHARD:,}, less for small data sets]",
 )
 @click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the shuffle."
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the shuffle."
 )
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Part of each class, such as 0.2, that becomes OUT/val, where SOURCE has no validation images."
-    "  --seed chooses which.",
+    help="Fraction of each class, such as 0.2, that becomes OUT/val if SOURCE has no validation images."
+    " --seed selects the images.",
 )
 @click.option(
-    "--strict", is_flag=True, help="Reject JPEGs that decode with warnings; otherwise they are listed only."
+    "--strict", is_flag=True, help="Reject JPEGs that decode with warnings, instead of only listing them."
 )
-@click.option("--resume", is_flag=True, help="Continue an interrupted build; give the same options.")
-@click.option("--overwrite", is_flag=True, help="Replace what is in OUT, once the new data set is complete.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted build with the same options.")
+@click.option("--overwrite", is_flag=True, help="Replace the data set in OUT when the new one is complete.")
 def main(
     source: Path,
     out: Path,
@@ -120,28 +126,32 @@ def main(
       a folder of class folders          SOURCE/<wnid>/**/*.JPEG (JPEG, PNG, GIF, BMP or WebP)
       Kaggle's ImageNet                  the folder that holds ILSVRC/
       a folder with train/ and val/      each a folder of class folders, or flat with --labels or --devkit
-      the official tars, never unpacked  ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (with the devkit)
-      a folder that holds those tars
-      a folder of parquet files or WebDataset tars, as from Hugging Face; train and val by their names
-      cifar-10-python.tar.gz, cifar-10-binary.tar.gz   with --size 32, and --encoding png or raw for no loss
+      the official tars                  ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (with the devkit),
+                                         or the folder that holds them; they are not unpacked
+      parquet files or WebDataset tars   a folder of them, as from Hugging Face; their names contain the split
+      cifar-10-python.tar.gz, cifar-10-binary.tar.gz   with --size 32, and --encoding png or raw to be lossless
 
-    Images become squares of --size pixels: short side scaled, centre cut out. EXIF orientation is ignored. What
-    cannot be decoded is left out and listed in the manifest with the reason. The same source, options and seed
-    give the same bytes for any number of workers. docs/data.md has all forms of SOURCE and what to type for each.
+    The short side of each image is scaled to --size and the central square is stored. EXIF orientation is ignored.
+    Files that cannot be decoded are listed in the manifest with the reason. The same source, options and seed give
+    the same bytes for any number of workers. docs/data.md has the command for each form of SOURCE.
     """
     if resume and overwrite:
-        raise click.UsageError("--resume continues a build and --overwrite starts afresh: give one of them")
+        raise click.UsageError(
+            "--resume continues a build, and --overwrite starts a new one: give one of them"
+        )
     if quality is not None and encoding != "jpeg":
         raise click.UsageError(f"--quality is for JPEGs, but --encoding is {encoding}")
     quality = (quality or DEFAULT_QUALITY) if encoding == "jpeg" else None
     options = Options(size, encoding, quality, images_per_shard, seed, strict)
     if scheduler is not None:
         if workers:
-            raise click.UsageError("--workers is for this machine, --scheduler has workers of its own")
+            raise click.UsageError(
+                "--workers is for local builds: leave it out, --scheduler has its own workers"
+            )
         _check_address(scheduler)
         if is_archive(source):
             raise click.UsageError(
-                "--scheduler takes class folders or tars: the workers cannot see what is unpacked here"
+                "--scheduler cannot read CIFAR archives, which are unpacked here: build without --scheduler"
             )
         source, out = source.absolute(), out.absolute()
     try:
@@ -149,21 +159,21 @@ def main(
             echo(f"unpacking {source}", err=True)
             source = click.get_current_context().with_resource(unpacked(source, out))
         if source.is_dir() and source.resolve() == out.resolve():
-            raise DataError(f"{out} is the folder of the images: name another OUT")
+            raise DataError(f"{out} is the folder of the images: give another OUT")
         splits = find_splits(source, split)
         if labels and len(splits) > 1:
-            raise click.UsageError("--labels is for one split: give --split train or --split val as well")
+            raise click.UsageError("--labels is for one split: add --split train or --split val")
         if val_fraction is not None and (split or list(splits) != ["train"]):
             why = f"--split {split} is given" if split else f"{source} holds {' and '.join(splits)}"
-            raise click.UsageError(f"--val-fraction divides training images, but {why}: leave it out")
+            raise click.UsageError(f"--val-fraction splits training images, but {why}: leave it out")
         if split is None:
             if not labels:
                 refuse_splits_as_classes(source, splits)
             folder, more = not_read(source, splits, [path for path in (out, labels, devkit, names) if path])
             if more:
                 some = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
-                echo(f"{folder} holds {some} beside {' and '.join(splits)}: not read", err=True)
-        # all of them, before hours go into the first; with --resume each is looked at in its turn
+                echo(f"{folder} also holds {some}, which is not read", err=True)
+        # Check all splits before the first takes hours. With --resume, each is checked when it is built.
         for name in () if resume else (*splits, *(["val"] if val_fraction else [])):
             refuse_taken(out / name, resume=False, overwrite=overwrite)
         make_pool = click.get_current_context().with_resource(_pools(scheduler, source, out))
@@ -184,12 +194,8 @@ def main(
         missing = {"train": "val", "val": "train"}.get("".join(splits))
         if missing and not (out / missing / MANIFEST).exists():
             echo(
-                f"train.py needs {out / missing} too: build it from other images with --split {missing}"
-                + (
-                    ", or from a part of these with --val-fraction 0.2 --overwrite"
-                    if missing == "val"
-                    else ""
-                )
+                f"train.py also needs {out / missing}: build it from other images with --split {missing}"
+                + (", or use some of these with --val-fraction 0.2 --overwrite" if missing == "val" else "")
             )
     except KeyboardInterrupt:
         echo("\nInterrupted: continue with --resume.", err=True)
@@ -205,7 +211,7 @@ def _listed(
     val_fraction: float | None,
     seed: int,
 ) -> list[Source]:
-    """All splits, listed and compared before hours go into the first."""
+    """List all splits and compare their classes, before the build of the first takes hours."""
     sources: list[Source] = []
     for name, path in splits.items():
         wnids = (sources[0].wnids if sources else _train_wnids(out)) if name == "val" else None
@@ -239,7 +245,7 @@ def _some(classes: list[str]) -> str:
 
 
 def _check_address(scheduler: str) -> None:
-    """Dask takes what it is given, and fails at length."""
+    """Raise UsageError for an address that is not valid; Dask's own errors are long."""
     try:
         url = urlsplit(scheduler if "://" in scheduler else f"tcp://{scheduler}")
         sound = url.scheme in ("tcp", "tls") and url.hostname and url.port and url.path in ("", "/")
@@ -251,7 +257,7 @@ def _check_address(scheduler: str) -> None:
 
 @contextmanager
 def _pools(scheduler: str | None, source: Path, out: Path) -> Iterator[Callable[..., Any] | None]:
-    """What makes the pool that writes the shards: the cluster of `scheduler`, or None for this machine."""
+    """Yield the function that creates the pool on the cluster of `scheduler`, or None to use local processes."""
     if scheduler is None:
         yield None
         return
@@ -264,19 +270,19 @@ def _pools(scheduler: str | None, source: Path, out: Path) -> Iterator[Callable[
 
 
 def _train_wnids(out: Path) -> list[str] | None:
-    """The classes that validation labels have to follow, where the training set is there already."""
+    """The classes of an existing training set, which define the validation labels, or None."""
     if not (out / "train" / MANIFEST).exists():
         return None
     return [str(entry["wnid"]) for entry in Manifest.load(out / "train").classes]
 
 
 def _progress_of(bar: Any) -> Callable[[int, int], None]:
-    """Show on a tqdm bar what `build_split` says."""
+    """A progress function for `build_split` that updates a tqdm bar."""
     first = True
 
     def progress(done: int, total: int) -> None:
         nonlocal first
-        if first:  # what an earlier run has done must not count as this one's speed
+        if first:  # images of an earlier run do not count for the speed
             bar.initial = bar.n = done
             bar.start_t = bar.last_print_t = time.time()
             first = False
@@ -287,7 +293,7 @@ def _progress_of(bar: Any) -> Callable[[int, int], None]:
 
 
 def _report(summary: Summary) -> None:
-    """The last lines: counts, speed and the first reasons for rejection."""
+    """Print the last lines: counts, speed and the first reasons for rejection."""
     accepted, rejected = summary.accepted, len(summary.rejected)
     done = accepted + rejected - summary.resumed
     resumed = f" ({summary.resumed:,} from before)" if summary.resumed else ""
@@ -302,13 +308,13 @@ def _report(summary: Summary) -> None:
         echo(f"  and {rejected - SHOWN_REASONS:,} more, all in {summary.split_dir / MANIFEST}")
     if summary.warned:
         echo(
-            f"  {len(summary.warned):,} accepted with warnings, so perhaps damaged (--strict rejects them), all in "
-            f"{summary.split_dir / MANIFEST}; {summary.warned[0]['source']!r}: {summary.warned[0]['reason']}"
+            f"  {len(summary.warned):,} accepted with warnings, perhaps damaged (--strict rejects them), all in "
+            f"{summary.split_dir / MANIFEST}: {summary.warned[0]['source']!r}, {summary.warned[0]['reason']}"
         )
     if summary.empty_classes:
-        echo(f"  no image was accepted of {_some(summary.empty_classes)}")
+        echo(f"  classes without an accepted image: {_some(summary.empty_classes)}")
     if summary.classes == 1:
-        echo("  there is one class only: is SOURCE the folder that holds the class folders?")
+        echo("  there is only one class: is SOURCE the folder that holds the class folders?")
 
 
 if __name__ == "__main__":

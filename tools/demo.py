@@ -1,4 +1,4 @@
-"""The whole program on real photographs: tiles or your own class folders -> LMDB -> AlexNet -> pictures."""
+"""Demo of the whole program on photographs: class folders -> LMDB -> AlexNet -> pictures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 from base.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-# photographs inside the scikit-image wheel, one class each: a network that tells them apart has learnt the
-# colours and textures of parts of them that it never saw
+# photographs in the scikit-image wheel, one class each: a network that tells them apart recognises colours and
+# textures in parts of the photographs that it has not been trained on
 PHOTOGRAPHS = [
     "astronaut.png",
     "brick.png",
@@ -31,13 +31,13 @@ PHOTOGRAPHS = [
     "retina.jpg",
     "rocket.jpg",
 ]
-TRAIN_TILES, VAL_TILES = 160, 40  # a class
-TRAIN_IMAGES = 16_000  # to be shown to the network in all: what 2 cores do in about 5 minutes
-MOST_IMAGES = 4_000  # of a user's folders
+TRAIN_TILES, VAL_TILES = 160, 40  # per class
+TRAIN_IMAGES = 16_000  # over all epochs; takes about 5 minutes on 2 cores
+MOST_IMAGES = 4_000  # used of a user's folders
 
 
 def cut_tiles(out: Path, seed: int = 0) -> None:
-    """Labelled JPEG tiles of many sizes; training and validation come from disjoint parts of each photograph."""
+    """Cut JPEG tiles of many sizes; training and validation come from disjoint parts of each photograph."""
     import cv2
     import skimage
 
@@ -46,7 +46,7 @@ def cut_tiles(out: Path, seed: int = 0) -> None:
         photograph = cv2.imread(str(Path(skimage.__file__).parent / "data" / name), cv2.IMREAD_COLOR)
         if photograph is None:
             raise DataError(f"the scikit-image wheel has no {name}: install the version in constraints.txt")
-        # the longer axis is divided: the first 70 % for training, the rest for validation
+        # along the longer axis, the first 70 % are for training and the rest for validation
         axis = int(photograph.shape[1] >= photograph.shape[0])
         cut = int(photograph.shape[axis] * 0.7)
         parts = np.split(photograph, [cut], axis=axis)
@@ -64,11 +64,11 @@ def cut_tiles(out: Path, seed: int = 0) -> None:
 
 
 def thin_folders(source: Path, out: Path) -> Path:
-    """A user's class folders; where they hold more than MOST_IMAGES, links to some of each class in `out`."""
+    """The user's class folders, or if they hold more than MOST_IMAGES, links to a part of each class in `out`."""
     classes = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
         raise DataError(
-            f"{source} has {len(classes)} class folders: put the photographs of each class in its own"
+            f"{source} has {len(classes)} class folders: put the photographs of each class in a folder"
         )
     images = {
         folder: sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -81,27 +81,37 @@ def thin_folders(source: Path, out: Path) -> Path:
         (out / folder.name).mkdir(parents=True)
         for index in np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int):
             (out / folder.name / files[index].name).symlink_to(files[index].resolve())
-    print(
-        f"   {total:,} images are too many for a demo: at most {most} of each class are used, evenly spaced"
-    )
+    print(f"   {total:,} images are too many for a demo: using at most {most} of each class, evenly spaced")
     return out
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("photographs", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
-@click.option("--train-images", type=click.IntRange(1), default=TRAIN_IMAGES, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder for everything that the demo writes.",
+)
+@click.option(
+    "--train-images",
+    type=click.IntRange(1),
+    default=TRAIN_IMAGES,
+    show_default=True,
+    help="Number of images to train on, over all epochs.",
+)
 def main(photographs: Path | None, out: Path, train_images: int) -> None:
-    """Build, train, evaluate and show on PHOTOGRAPHS, your own class folders (or train/ and val/ of them).
+    """Build, train, evaluate and draw on PHOTOGRAPHS: class folders, or train/ and val/ with class folders.
 
-    Without PHOTOGRAPHS: tiles of the photographs that the scikit-image wheel ships. OUT is made anew.
+    Without PHOTOGRAPHS, the demo uses tiles of the photographs in the scikit-image wheel. OUT is overwritten.
     """
     began = time.monotonic()
     raw, data, run = out / "photographs", out / "data", out / "run"
     if photographs is not None and out.resolve() in (photographs.resolve(), *photographs.resolve().parents):
-        raise DataError(f"{photographs} lies in {out}, which is made anew: give another --out")
+        raise DataError(f"{photographs} is inside {out}, which would be overwritten: give another --out")
     if out.exists() and not (out / ".demo").exists() and any(out.iterdir()):
-        raise DataError(f"{out} exists and is not of an earlier demo: give another --out")
+        raise DataError(f"{out} exists and was not made by the demo: give another --out")
     shutil.rmtree(out, ignore_errors=True)
     raw.mkdir(parents=True)
     (out / ".demo").touch()
@@ -113,40 +123,40 @@ def main(photographs: Path | None, out: Path, train_images: int) -> None:
     elif (photographs / "train").is_dir() and (photographs / "val").is_dir():
         raw = photographs
     else:
-        print(f"1. Taking the photographs of {photographs}, a fifth of each class for validation")
+        print(f"1. Using the photographs in {photographs}, a fifth of each class for validation")
         raw, fraction = thin_folders(photographs, raw), ("--val-fraction", 0.2)
 
-    print("2. Building the shards")
+    print("2. Building shards")
     call("tools/build_lmdb.py", raw, data, *fraction)
     from pipeline.shards import Manifest
 
     count = Manifest.load(data / "train").count
     epochs = max(1, min(30, round(train_images / count)))
-    print(f"3. Training for {epochs} epochs of {count} images")
+    print(f"3. Training for {epochs} epochs on {count} images")
     call("train.py", "--data", data, "--out", run, "--epochs", epochs)
-    print("4. Evaluating: one crop, then the paper's ten")
+    print("4. Evaluating with one crop and with the paper's ten")
     call("tools/evaluate.py", run, "--data", data, "--crops", 1)
     call("tools/evaluate.py", run, "--data", data, "--crops", 10)
-    print("5. Looking at it")
+    print("5. Drawing pictures")
     call("tools/show.py", "batch", data, "--out", out / "batch.png")
     call("tools/show.py", "curves", run, "--out", out / "curves.png")
     call("tools/show.py", "filters", run, "--out", out / "filters.png")
     chance = 1 / len(Manifest.load(data / "train").classes)
     print(
-        f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Guessing is right {chance:.1%} of the time. "
+        f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Guessing would be right {chance:.1%} of the time. "
         f"Pictures: {out}/batch.png, {out}/curves.png, {out}/filters.png"
     )
 
 
 def call(script: str, *arguments: object) -> None:
-    """Run one of the program's own commands as a user would, and show how it is called."""
+    """Print and run one of the program's commands."""
     print("$ python", shlex.join([script, *map(str, arguments)]), flush=True)
     process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)])
     while True:
         try:
             code = process.wait()
             break
-        except KeyboardInterrupt:  # the terminal sends it to the command as well, which saves before it ends
+        except KeyboardInterrupt:  # the terminal also sends it to the command, which saves and exits
             continue
     if code:
         sys.exit(code if code > 0 else 128 - code)

@@ -1,4 +1,4 @@
-"""Judge trained networks: python tools/evaluate.py RUN [RUN2 ...] --data DATA --crops 10."""
+"""Evaluate trained networks: python tools/evaluate.py RUN [RUN2 ...] --data DATA --crops 10."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from tools.lib import cli
     ),
 )
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@cli.data_option("The data set to judge on.", whose="the first RUN")
-@cli.option("--split", type=click.Choice(["val", "train"]), default="val", help="The part of --data to use.")
+@cli.data_option("Data set to evaluate on.", whose="the first RUN")
+@cli.option(
+    "--split", type=click.Choice(["val", "train"]), default="val", help="Split of --data to evaluate on."
+)
 @cli.option(
     "--crops",
     type=click.Choice(["1", "10"]),
     default="1",
-    help="1: the centre. 10: the four corners and the centre, and all five mirrored.",
+    help="Crops of each image: 1 is the centre; 10 are the four corners and the centre, each also mirrored.",
 )
 @cli.device_option(many=True)
-@cli.option(
-    "--batch", type=click.IntRange(1), default=128, help="Crops through the network at once, per GPU."
-)
+@cli.option("--batch", type=click.IntRange(1), default=128, help="Crops per batch and GPU.")
 @cli.option(
     "--amp",
     type=click.Choice(["off", "bf16", "fp16"]),
     default="off",
-    help="Mixed precision is faster and less exact; off computes in float32.",
+    help="Mixed precision, which is faster and less accurate; off computes in float32.",
 )
 @cli.workers_option()
-@cli.file_option("--csv", "Write the accuracy of every class as a table.")
-@cli.file_option("--confusion", "Write a picture of which class is taken for which.")
-@cli.file_option("--json", "Write the results as JSON; - is the standard output.")
+@cli.file_option("--csv", "Write the accuracy of each class as CSV.")
+@cli.file_option("--confusion", "Write a picture of the confusion matrix.")
+@cli.file_option("--json", "Write the results as JSON; - is standard output.")
 @cli.progress_option()
 def main(**config: Any) -> None:
-    """Loss, top-1 and top-5 accuracy of RUN, a folder that train.py wrote or a checkpoint.
+    """Compute the loss, top-1 and top-5 accuracy of RUN, a folder that train.py wrote or a checkpoint.
 
-    Several RUNs are judged one by one and as an ensemble whose softmax is averaged. --crops 10 averages the
-    softmax over the paper's ten crops. Preprocessing comes from the checkpoint, so only DATA/val is needed. Every
-    image counts exactly once, on any number of GPUs.
+    Several RUNs are evaluated one by one and as an ensemble that averages their softmax. --crops 10 averages the
+    softmax over the paper's ten crops. The preprocessing is in the checkpoint, so only DATA/val is needed. Every
+    image counts exactly once on any number of GPUs.
     """
     import torch
 

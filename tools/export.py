@@ -1,4 +1,4 @@
-"""Hand a trained network to other programs: python tools/export.py RUN --onnx FILE --safetensors FILE ..."""
+"""Export a trained network for other programs: python tools/export.py RUN --onnx FILE --safetensors FILE ..."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import click
 
 from tools.lib import cli
 
-# of torchvision's own weights, for pixels of 0..1 (https://docs.pytorch.org/vision/stable/models.html)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 @click.command(
     context_settings=cli.CONTEXT,
@@ -21,30 +18,36 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     ),
 )
 @cli.run_argument(required=False)
-@cli.file_option("--onnx", "Write an ONNX file, checked with ONNX Runtime; LRN is ONNX's own operator.")
-@cli.file_option("--safetensors", "Write the state dict as a safetensors file.")
-@cli.file_option("--torchvision", "Write a state dict for torchvision.models.alexnet (variant owt only).")
-@cli.file_option("--from-torchvision", "The way back: make a checkpoint (--out) of such a state dict.")
-@cli.file_option("--out", "The checkpoint (.pt) that --from-torchvision makes.")
+@cli.file_option("--onnx", "Write an ONNX file and verify it with ONNX Runtime.")
+@cli.file_option("--safetensors", "Write the weights as a safetensors file.")
+@cli.file_option("--torchvision", "Write a state dict for torchvision.models.alexnet (only for variant owt).")
+@cli.file_option("--from-torchvision", "Import such a state dict instead: make a checkpoint (--out).")
+@cli.file_option("--out", "Checkpoint (.pt) that --from-torchvision writes.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Take the classes for --from-torchvision from this data set.",
+    help="Data set to take the classes for --from-torchvision from.",
 )
 @click.option(
     "--names",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Take them from this file of `wnid name` lines, for example LOC_synset_mapping.txt.",
+    help="File of `wnid name` lines to take the classes from, for example LOC_synset_mapping.txt.",
 )
 @cli.option(
     "--mean",
     type=float,
     nargs=3,
-    default=IMAGENET_MEAN,
-    help="What those weights expect to be subtracted from pixels in 0..1.",
+    default=None,
+    show_default="torchvision's, of ImageNet",
+    help="Channel means that the imported weights expect to be subtracted from pixels in 0..1.",
 )
 @cli.option(
-    "--std", type=float, nargs=3, default=IMAGENET_STD, help="What they expect the difference divided by."
+    "--std",
+    type=float,
+    nargs=3,
+    default=None,
+    show_default="torchvision's, of ImageNet",
+    help="Channel deviations that they then expect the pixels to be divided by.",
 )
 def main(
     run: Path | None,
@@ -55,37 +58,40 @@ def main(
     out_path: Path | None,
     data: Path | None,
     names: Path | None,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: tuple[float, float, float] | None,
+    std: tuple[float, float, float] | None,
 ) -> None:
     """Write the network of RUN, a folder that train.py wrote or a checkpoint, for other programs.
 
-    Inputs are (N, 3, crop, crop) float32, RGB levels of 0..255 minus the mean; outputs are logits. ONNX and
-    safetensors files say in their metadata how to make inputs of photographs and what the outputs are called
-    (docs/tools.md); docs/onnx_predict.py does it in a few lines.
+    Inputs are (N, 3, crop, crop) float32, RGB in 0..255 minus the mean; outputs are logits. The metadata of ONNX
+    and safetensors files describes the preprocessing and the classes (see docs/tools.md and the example
+    docs/onnx_predict.py).
 
-    --from-torchvision makes a checkpoint for evaluate.py, predict.py and show.py. Without --data and --names the
-    classes are numbers, with torchvision's names where there are 1000.
+    --from-torchvision makes a checkpoint for evaluate.py, predict.py and show.py. Without --data and --names, the
+    classes are numbers, with torchvision's names if there are 1000.
 
     --onnx and --safetensors need the extra packages of `pip install -e '.[export]'`.
     """
     outputs = {"onnx": onnx_path, "safetensors": safetensors_path, "torchvision": torchvision_path}
     if from_torchvision_path:
         if run or any(outputs.values()):
-            raise click.UsageError("--from-torchvision makes a checkpoint and takes no RUN; export that next")
+            raise click.UsageError(
+                "--from-torchvision takes no RUN and exports nothing: export the checkpoint afterwards"
+            )
         if not out_path:
-            raise click.UsageError("--from-torchvision needs --out for the checkpoint")
+            raise click.UsageError("--from-torchvision needs --out: give the checkpoint to write")
         if data and names:
-            raise click.UsageError("the classes come from --data or from --names: give one of them")
+            raise click.UsageError("--data and --names both give the classes: give one of them")
         from tools.lib import formats
 
-        made = formats.from_torchvision(
-            from_torchvision_path, out_path, data=data, names=names, mean=mean, std=std
+        normalisation = {name: value for name, value in (("mean", mean), ("std", std)) if value}
+        message = formats.from_torchvision(
+            from_torchvision_path, out_path, data=data, names=names, **normalisation
         )
-        cli.echo(cli.printable(made))
+        cli.echo(cli.printable(message))
         return
     if out_path or data or names:
-        raise click.UsageError("--out, --data and --names go with --from-torchvision")
+        raise click.UsageError("--out, --data and --names need --from-torchvision")
     if not run:
         raise click.UsageError("give a RUN to export, or --from-torchvision")
     if not any(outputs.values()):

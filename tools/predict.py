@@ -1,4 +1,4 @@
-"""What is in these photographs? python tools/predict.py RUN IMAGE...|FOLDER|-"""
+"""Classify photographs: python tools/predict.py RUN IMAGE...|FOLDER|-"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from base.errors import DataError
 from tools.lib import cli
 
-SHEET = 48  # images on one sheet; more would be too small to read, or too large to open
+SHEET = 48  # images on a contact sheet; more would be too small to read
 
 
 @click.command(
@@ -23,21 +23,21 @@ SHEET = 48  # images on one sheet; more would be too small to read, or too large
 )
 @cli.run_argument()
 @click.argument("images", metavar="IMAGE...|FOLDER|-", nargs=-1, required=True)
-@cli.option("--top", type=click.IntRange(1), default=cli.TOP, help="Guesses for each image.")
-@cli.file_option("--json", "Write the results as JSON; - is the standard output.")
+@cli.option("--top", type=click.IntRange(1), default=cli.TOP, help="Number of guesses per image.")
+@cli.file_option("--json", "Write the results as JSON; - is standard output.")
 @cli.file_option("--sheet", f"Write a contact sheet of the first {SHEET} images, like the paper's figure 4.")
 @cli.option(
     "--neighbours",
     type=click.Path(path_type=Path),
     default=None,
     show_default="none",
-    help="Also find the most similar images of this data set, by the activations of fc7.",
+    help="Also find the most similar images in this data set, by their fc7 activations.",
 )
 @cli.option(
     "--split",
     type=click.Choice(["train", "val"]),
     default="train",
-    help="The part of --neighbours to search.",
+    help="Split of --neighbours to search.",
 )
 @cli.device_option()
 @cli.workers_option("--neighbours")
@@ -54,12 +54,12 @@ def main(
     workers: int,
     progress: bool,
 ) -> None:
-    """Name what RUN, a folder that train.py wrote or a checkpoint, sees in photographs.
+    """Classify photographs with RUN, a folder that train.py wrote or a checkpoint.
 
-    Photographs are files of any size (JPEG, PNG, GIF, BMP, WebP), folders of them, or - for paths on the
-    standard input, one a line or separated by NUL. They are scaled, cropped and shifted by the mean exactly as in
-    training. An image that cannot be read gets one line, the others are still done, and the exit code is 1. In a
-    folder every file is tried, whatever its name; those that are no images are counted.
+    Photographs are JPEG, PNG, GIF, BMP or WebP files of any size, folders, or - to read paths from standard input,
+    one per line or separated by NUL. They are preprocessed exactly as in training. For each image that cannot be
+    read, a line is printed and the exit code is 1; the other images are still classified. In folders, all files are
+    tried, and those that are not images are counted.
     """
     from pipeline.shards import ShardReader
     from tools.lib import runs, samples
@@ -81,7 +81,7 @@ def main(
     )
     if not predictions and not failed:
         where = ", ".join(cli.printable(name) for name in images)
-        raise DataError(f"no images in {where}: give image files, or folders that hold some")
+        raise DataError(f"no images in {where}: give image files or folders with images")
     if reader and predictions:
         found = samples.nearest(trained, features, reader, device, workers=workers, progress=progress)
         for prediction, near in zip(predictions, found, strict=True):
@@ -99,7 +99,7 @@ def main(
 
         save(sheet(predictions[:SHEET], trained.classes, reader), sheet_path)
     if others:
-        cli.echo(f"{others:,} other files in the folders are no images", err=True)
+        cli.echo(f"{others:,} other files in the folders are not images", err=True)
     if failed:
         cli.echo(f"{len(failed)} of {len(predictions) + len(failed)} images could not be read", err=True)
         sys.exit(1)

@@ -23,7 +23,7 @@ SHOWN_REJECTED = 10
     ),
 )
 def main() -> None:
-    """Pictures of what goes into a network, what it learned and how."""
+    """Draw pictures of data sets, networks and runs."""
 
 
 def save(figure: Figure, out: Path) -> None:
@@ -41,18 +41,18 @@ def save(figure: Figure, out: Path) -> None:
 )
 @click.argument("data", type=click.Path(path_type=Path))
 @cli.out_option("batch.png")
-@cli.option("--images", type=click.IntRange(1, 64), default=12, help="How many images of the batch to draw.")
-@cli.option("--step", type=click.IntRange(0), default=0, help="The training step; the first one is 0.")
-@cli.train_option("global_batch", "Images a step; at most what DATA/train has.", default=128)
-@cli.train_option("seed", "The run's seed.")
-@cli.train_option("crop", "Side of the network's input in pixels.")
+@cli.option("--images", type=click.IntRange(1, 64), default=12, help="Number of images to draw.")
+@cli.option("--step", type=click.IntRange(0), default=0, help="Training step, counted from 0.")
+@cli.train_option("global_batch", "Images per step; at most those in DATA/train.", default=128)
+@cli.train_option("seed", "Seed of the run.")
+@cli.train_option("crop", "Height and width of the network's input in pixels.")
 @cli.train_option(
     "mean",
-    "What is subtracted: the mean image, one level for each channel (of the data, or ImageNet's), or nothing.",
+    "What to subtract: the mean image, each channel's mean, ImageNet's channel means, or nothing.",
     default="pixel",
 )
-@cli.train_option("augment", "Random crops and flips (all), one of the two, or none.")
-@cli.train_option("color_std", "Strength of the PCA colour shift; 0 is off.")
+@cli.train_option("augment", "Random augmentation: crops and flips, only one of them, or none.")
+@cli.train_option("color_std", "Standard deviation of the PCA colour shift; 0 disables it.")
 def batch(
     data: Path,
     out: Path,
@@ -65,10 +65,10 @@ def batch(
     augment: str,
     color_std: float,
 ) -> None:
-    """What the network sees of DATA/train at one step of training.
+    """Draw the images of one training step on DATA/train.
 
-    With train.py's options these are the very images, crops, flips and colours of that step. Each image is
-    drawn as it is stored, with its crop; as augmented; and as the network's input, minus the mean (grey is 0).
+    With the options of a run, these are exactly the images, crops, flips and colours of that step. Each image is
+    drawn as stored, with its crop; after augmentation; and as the network's input, minus the mean (grey is 0).
     """
     from pipeline.load.plan import Plan
     from pipeline.preprocess import Preprocess
@@ -101,10 +101,10 @@ def batch(
 @cli.run_argument()
 @cli.out_option("filters.png")
 def filters(run: Path, out: Path) -> None:
-    """The first layer's filters of RUN, like the paper's figure 3.
+    """Draw the filters of RUN's first layer, as in the paper's figure 3.
 
-    Each filter is scaled by its own largest weight; grey is 0. In the paper's network the upper half belongs
-    to the first group of channels, the lower half to the second.
+    Each filter is scaled by its largest weight; grey is 0. In the paper's network, the upper half belongs to the
+    first tower and the lower half to the second.
     """
     from tools.lib.figures import filters_figure
     from tools.lib.runs import load_run
@@ -122,7 +122,7 @@ def filters(run: Path, out: Path) -> None:
 @cli.run_argument(metavar="RUN...", nargs=-1, required=True)
 @cli.out_option("curves.png")
 def curves(run: tuple[Path, ...], out: Path) -> None:
-    """Loss, accuracy, learning rate and speed of one or several RUNs, from their log.jsonl."""
+    """Draw the loss, accuracy, learning rate and speed of one or several RUNs over epochs."""
     from model.training.log import read_log
     from tools.lib.figures import curves_figure
 
@@ -139,7 +139,7 @@ def curves(run: tuple[Path, ...], out: Path) -> None:
 @cli.out_option("dataset.png")
 @cli.progress_option()
 def dataset(data: Path, out: Path, progress: bool) -> None:
-    """What is in DATA: images of each class, rejected files, mean image, and the axes of the colour shift."""
+    """Draw the contents of DATA: images per class, rejected files, mean image and principal axes of colour."""
     from pipeline.shards import ShardReader
     from tools.lib.figures import dataset_figure
     from tools.lib.samples import count_classes
@@ -151,7 +151,7 @@ def dataset(data: Path, out: Path, progress: bool) -> None:
         manifest, sizes = reader.manifest, counts[split]
         cli.echo(
             f"{split}: {manifest.count:,} images of {len(manifest.classes):,} classes ({sizes.min():,} to "
-            f"{sizes.max():,} a class), {manifest.encoding}, {len(manifest.shards):,} shards, "
+            f"{sizes.max():,} per class), {manifest.encoding}, {len(manifest.shards):,} shards, "
             f"{len(manifest.rejected):,} files rejected"
         )
         for entry in manifest.rejected[:SHOWN_REJECTED]:
@@ -169,13 +169,13 @@ def dataset(data: Path, out: Path, progress: bool) -> None:
     )
 )
 @cli.run_argument()
-@cli.data_option("The data set to judge on and to draw from.")
+@cli.data_option("Data set to evaluate on and to draw.")
 @cli.out_option("report.html")
 @cli.option(
     "--crops",
     type=click.Choice(["1", "10"]),
     default="1",
-    help="Crops of each image to judge on: the centre, or the paper's ten.",
+    help="Crops of each image in the evaluation: the centre, or the paper's ten.",
 )
 @cli.device_option()
 @cli.workers_option()
@@ -183,9 +183,9 @@ def dataset(data: Path, out: Path, progress: bool) -> None:
 def report(
     run: Path, data: Path | None, out: Path, crops: str, gpus: int | None, workers: int, progress: bool
 ) -> None:
-    """One HTML page on RUN: curves, evaluation on DATA/val, guesses, filters, batch and data set.
+    """Write an HTML page about RUN: curves, evaluation on DATA/val, predictions, filters, a batch and the data set.
 
-    The page holds its pictures, so it can be moved and mailed as one file.
+    The page contains its pictures, so it is a single file.
     """
     from tools.lib.report import make_report
 

@@ -1,4 +1,4 @@
-"""Check a data set to the last byte: python tools/verify_lmdb.py DATA."""
+"""Check every byte of a data set: python tools/verify_lmdb.py DATA."""
 
 import os
 import sys
@@ -16,28 +16,30 @@ from tools.lib.cli import echo
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("data", type=click.Path(path_type=Path), default=Path("data/imagenet"))
 @click.option(
-    "--workers", type=click.IntRange(1), help="Processes that read and decode.  [default: one a core]"
+    "--workers",
+    type=click.IntRange(1),
+    help="Number of processes that read and decode.  [default: one per core]",
 )
 def main(data: Path, workers: int | None) -> None:
-    """Check every checksum, record and image of DATA (its train/ and val/) or of one split (DATA/val).
+    """Check every checksum, record and image of DATA (with train/ and val/) or of one split (DATA/val).
 
-    Prints a line per shard and names the damaged keys. Exit code 1 when anything is wrong.
-    Images that occur twice are counted, but are no fault: ImageNet has some.
+    Prints one line per shard, and the keys of damaged records. The exit code is 1 if anything is damaged. Duplicate
+    images are counted but are not an error: ImageNet has some.
     """
     splits = [data] if (data / MANIFEST).exists() else [data / name for name in ("train", "val")]
     splits = [split for split in splits if split.is_dir()]
     if not splits:
-        Manifest.load(data / "train")  # its error says how to build one
+        Manifest.load(data / "train")  # raises the error that says how to build one
     damaged = 0
     for split in splits:
         damaged += _verify(split, workers or len(os.sched_getaffinity(0)))
     if damaged:
-        echo(f"{damaged} damaged: restore those files from a copy or build the split again.", err=True)
+        echo(f"{damaged} damaged: restore those files from a copy, or build the split again.", err=True)
         sys.exit(1)
 
 
 def _verify(split: Path, workers: int) -> int:
-    """Print what is found in one split; returns how many of its parts are damaged."""
+    """Check one split and print the result; return the number of damaged parts."""
     try:
         with tqdm(desc=f"{split.name}", unit=" images", leave=False) as bar:
 
@@ -51,7 +53,7 @@ def _verify(split: Path, workers: int) -> int:
         return 1
     echo(
         f"{split}: {manifest.count:,} images, {len(manifest.classes)} classes, {manifest.encoding}, "
-        f"{len(manifest.rejected)} rejected, {count_duplicates(reports)} occurring twice"
+        f"{len(manifest.rejected)} rejected, {count_duplicates(reports)} duplicates"
     )
     for problem in problems:
         echo(f"  {problem}")

@@ -1,13 +1,13 @@
-"""Layouts: how one network is split across ranks. All of them compute the same function.
+"""Layouts: how a network is split across ranks. All layouts compute the same function.
 
     data    every rank holds all weights and computes its part of the batch; gradients are averaged
     hybrid  the convolutions are data parallel; each rank holds a slice of the fully connected layers (nine tenths
             of the weights) and computes it for the whole batch, so the gradients of these layers are never sent
             ("One weird trick", Krizhevsky 2014, arXiv:1404.5997)
-    towers  two ranks hold half of each layer's kernels and see the whole batch; they exchange maps where a layer
-            reads all of them: in `paper`, conv3 and the fully connected layers (paper, section 3.2 and figure 2)
+    towers  each of two ranks holds half of each layer's kernels and sees the whole batch; they exchange maps before
+            layers that read all of them: in `paper`, conv3 and the fully connected layers (paper, section 3.2)
 
-State dicts are those of the plain network in every layout: gathered when saved, sliced when loaded.
+In every layout, state dicts are those of the plain network: gathered when saved, sliced when loaded.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ LAYOUTS = ("auto", "data", "hybrid", "towers")
 
 
 def automatic(network: AlexNet, ranks: int, global_batch: int) -> str:
-    """The layout that sends least: "hybrid" or "data".
+    """The layout that sends less data: "hybrid" or "data".
 
-    For a sliced layer "data" sends the gradients of its weights, "hybrid" its inputs and their gradients.
+    For a sliced layer, "data" sends the gradients of its weights and "hybrid" sends its inputs and their gradients.
     """
     layers = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]
     weights = sum(layer.weight.numel() for layer in layers)
@@ -50,12 +50,19 @@ def automatic(network: AlexNet, ranks: int, global_batch: int) -> str:
 
 
 class Layout:
-    """A network split across all ranks. Changes the network in place; create the optimiser afterwards.
+    """Splits a network across all ranks, in place; create the optimiser afterwards.
 
     Args:
-        network: with the same weights on every rank.
-        kind: one of LAYOUTS; on a single rank each of them is the plain network. "auto": see `automatic`.
-        global_batch: images a step over all ranks.
+        network: the same weights on every rank.
+        kind: one of LAYOUTS. On a single rank, all of them are the plain network. "auto": see `automatic`.
+        ranks: this process's rank.
+        global_batch: images per step over all ranks.
+
+    Attributes:
+        place: the `rank` and `world_size` for this rank's loader.
+        batch: the number of images per step that this rank loads.
+        first_row: their position in the global batch.
+        dims: name of each sliced tensor -> the dimension in which it is sliced.
 
     Raises:
         ModelError: the network or the number of ranks does not allow this layout.
@@ -70,15 +77,14 @@ class Layout:
             kind = automatic(network, ranks.world_size, global_batch)
         self.network, self.ranks = network, ranks
         self.kind = kind if ranks.world_size > 1 else "data"
-        everything = self.kind == "towers"
-        # the part of each global batch that this rank loads, its number of images, and its first row
+        whole_batch = self.kind == "towers"
         self.place = {
-            "rank": 0 if everything else ranks.rank,
-            "world_size": 1 if everything else ranks.world_size,
+            "rank": 0 if whole_batch else ranks.rank,
+            "world_size": 1 if whole_batch else ranks.world_size,
         }
         self.batch = global_batch // self.place["world_size"]
         self.first_row = self.place["rank"] * self.batch
-        self.dims: dict[str, int] = {}  # name of each sliced tensor -> the dimension in which it is sliced
+        self.dims: dict[str, int] = {}
         self._sliced: Tensor | None = None  # which parameters are slices, in the order of `sum_of_slices`
         if self.kind != "data":
             self._plain = copy.deepcopy(network).to("meta")
@@ -87,7 +93,7 @@ class Layout:
             self._split_classifier()
 
     def _split_features(self) -> None:
-        """Keep half of the kernels; layers that need the other half's maps fetch them."""
+        """Keep half of the kernels; layers that need all maps gather them."""
         first = True
         for name, layer in list(self.network.features.named_children()):
             if isinstance(layer, nn.Conv2d):
@@ -104,7 +110,7 @@ class Layout:
                 setattr(self.network.features, name, _EdgedLRN(layer, self.ranks.rank))
 
     def _split_classifier(self) -> None:
-        """Slice the outputs of fc6 and fc7, and the inputs of fc8, whose partial sums are added up."""
+        """Slice the outputs of fc6 and fc7 and the inputs of fc8, whose partial sums are then added."""
         classifier, n = self.network.classifier, self.ranks.world_size
         linears = [name for name, layer in classifier.named_children() if isinstance(layer, nn.Linear)]
         if self.kind == "hybrid" and len(linears) == 1:
@@ -138,23 +144,23 @@ class Layout:
                 continue
             if full.shape[dim] % self.ranks.world_size:
                 raise ModelError(
-                    f"--layout {self.kind}: {prefix}'s {full.shape[dim]} units do not divide into "
+                    f"--layout {self.kind} cannot divide the {full.shape[dim]} units of {prefix} into "
                     f"{self.ranks.world_size} ranks: use --layout data"
                 )
             self.dims[f"{prefix}.{name}"] = dim
             part = self.part(f"{prefix}.{name}", full.detach())
             setattr(layer, name, nn.Parameter(part) if isinstance(full, nn.Parameter) else part)
 
-    # ---- between slices and whole tensors
+    # ---- slices and whole tensors
 
     def part(self, name: str, whole: Tensor) -> Tensor:
-        """A copy of this rank's slice of `whole`, the tensor `name` of the plain network's state dict."""
+        """A copy of this rank's slice of the tensor `name` in the plain network's state dict."""
         if name not in self.dims:
             return whole
         return whole.chunk(self.ranks.world_size, self.dims[name])[self.ranks.rank].clone()
 
     def whole(self, name: str, part: Tensor) -> Tensor:
-        """The whole tensor of which `part` is this rank's slice. Collective: call it on every rank."""
+        """Gather the whole tensor `name` from this rank's slice. Collective: call it on every rank."""
         if name not in self.dims:
             return part
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self._n)]
@@ -183,29 +189,34 @@ class Layout:
         return state
 
     def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Load the state dict of a plain network's optimiser."""
+        """Load the state dict of a plain network's optimiser; raises ValueError if it is another optimiser's."""
+        groups = [group.keys() for group in optimizer.param_groups]
+        if [group.keys() for group in state["param_groups"]] != groups:
+            raise ValueError("its optimiser has other groups of parameters")
         parameters = self._parameters(optimizer)
-        mine = {}
+        local: dict[int, dict[str, Any]] = {}
         for index, entry in state["state"].items():
             name, parameter = parameters[index]
-            mine[index] = {
-                # in the memory format of the parameter, which fused optimisers assume
-                k: torch.empty_like(parameter).copy_(self.part(name, v)) if _is_array(v) else v
-                for k, v in entry.items()
+            parts = {k: self.part(name, v) if _is_array(v) else v for k, v in entry.items()}
+            if any(_is_array(v) and v.shape != parameter.shape for v in parts.values()):
+                raise ValueError(f"its optimiser state of {name} does not fit")
+            # in the memory format of the parameter, which fused optimisers assume
+            local[index] = {
+                k: torch.empty_like(parameter).copy_(v) if _is_array(v) else v for k, v in parts.items()
             }
-        optimizer.load_state_dict({**state, "state": mine})
+        optimizer.load_state_dict({**state, "state": local})
 
     def _parameters(self, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
         """Name and parameter in the order of the optimiser's indices."""
         names = {id(p): name for name, p in self.network.named_parameters()}
         return [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
 
-    # ---- what training needs
+    # ---- training
 
     def distribute(self, static: bool = True, compress: bool = False) -> nn.Module:
-        """The module to call in training; it averages gradients where ranks share weights.
+        """The module to call in training, which averages the gradients of weights that ranks share.
 
-        `static`: see `model.parallel.ranks.distribute`. `compress` sends these gradients as bfloat16.
+        `static` and `compress`: see `model.parallel.ranks.distribute`.
         """
         if self.kind == "towers":
             return self.network
@@ -214,7 +225,8 @@ class Layout:
     def plain_network(self, network: nn.Module) -> nn.Module:
         """The plain network with the weights of `network`, for evaluation. Collective: call it on every rank.
 
-        network: the split network, or an average of it.
+        Args:
+            network: the split network, or its moving average.
         """
         if self.kind == "data":
             return network
@@ -223,12 +235,12 @@ class Layout:
         return plain
 
     def average_buffers(self, network: nn.Module) -> None:
-        """`model.parallel.ranks.average_buffers`, except in towers, whose statistics cover the whole batch."""
+        """Average running statistics over ranks, except in towers, where they cover the whole batch."""
         if self.kind != "towers":
             average_buffers(network, self.ranks)
 
     def sum_of_slices(self, values: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """Sum `values`, (P, ...) with one row a parameter, over ranks for parameters that are slices."""
+        """Sum `values`, (P, ...) with one row per parameter, over ranks for parameters that are slices."""
         if not self.dims:
             return values
         if self._sliced is None:  # computed once: the copy to the device is synchronous
@@ -238,13 +250,13 @@ class Layout:
         return torch.where(sliced, self.ranks.sum(values.clone()), values)
 
     def grad_scaler(self, optimizer: torch.optim.Optimizer, enabled: bool) -> torch.amp.GradScaler:
-        """The loss scaler for float16. Where ranks hold slices, an overflow on one rank skips the step on all."""
+        """The loss scaler for float16. If ranks hold slices, an overflow on one rank skips the step on all."""
         device = self.ranks.device.type
-        # LARS looks at the gradients, so the scale has to come off before its step
+        # LARS uses the gradients' norms, so they must be unscaled before its step
         whole = getattr(optimizer, "_step_supports_amp_scaling", False)
         if whole and self.kind == "data":
             return torch.amp.GradScaler(device, enabled=enabled)
-        # the fused step below skips an overflow on the device; otherwise the scaler waits for the device
+        # the optimiser's fused step skips overflows on the device; otherwise the scaler would wait for the device
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         if self.kind == "data":
             return _UnscaleFirst(device, enabled=enabled)
@@ -252,13 +264,13 @@ class Layout:
 
 
 class _UnscaleFirst(torch.amp.GradScaler):
-    """Takes the loss scale off the gradients before the step, where a fused optimiser would do so within it."""
+    """Unscales gradients before the step instead of within a fused optimiser's step."""
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         if self.is_enabled():
             self.unscale_(optimizer)
             for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
-                found.clamp_(max=1)  # a sum over ranks; fused optimisers look for 1
+                found.clamp_(max=1)  # a sum over ranks, but fused optimisers expect 1
         return super().step(optimizer, *args, **kwargs)
 
 
@@ -267,11 +279,11 @@ class _ShardedScaler(_UnscaleFirst, ShardedGradScaler):
 
 
 class _SplitInputs(nn.Linear):
-    """The last layer; each rank holds the columns for its slice of the inputs.
+    """The last layer, of which each rank holds the columns for its slice of the inputs.
 
     Maps (N, in_features / ranks) to the logits of this rank's rows (`own_rows`) or of all rows. Each rank's loss is
-    the mean over its own rows, or, with all rows, the same loss on every rank. Either way the gradient passed back
-    is that of the mean over all rows.
+    the mean over its own rows, or with all rows the same loss on every rank. In both cases the gradient that is
+    passed back is that of the mean over all rows.
     """
 
     def __init__(self, layer: nn.Module, own_rows: bool, ranks: int) -> None:
@@ -286,7 +298,7 @@ class _SplitInputs(nn.Linear):
 
 
 class _EdgedLRN(nn.Module):
-    """LRN of one tower's maps. Its windows also cover maps of the other tower, so it equals LRN over all maps."""
+    """LRN of one tower's maps whose windows include maps of the other tower, which equals LRN over all maps."""
 
     def __init__(self, lrn: LRN, rank: int) -> None:
         super().__init__()
@@ -314,15 +326,15 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _all_gather(x: Tensor) -> Tensor:
-    """Concatenate x of all ranks, (ranks * N, ...); the gradient is summed over ranks."""
+    """Concatenate x of all ranks to (ranks * N, ...); the gradient is summed over ranks."""
     return funcol.wait_tensor(_gather_single(x.contiguous(), 0, _world()))
 
 
 def _gather_rows(x: Tensor, ranks: int) -> Tensor:
     """Gather the whole batch from the parts of all ranks.
 
-    The gradient that arrives is that of the mean over all rows (see _SplitInputs). It is scaled to that of the mean
-    over this rank's part, as DDP expects.
+    The gradient of the mean over all rows (see _SplitInputs) is scaled to that of the mean over this rank's rows,
+    as DDP expects.
     """
     return _all_gather(_scale_gradient(x, ranks))
 

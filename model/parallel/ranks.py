@@ -1,4 +1,4 @@
-"""Ranks: one process a device, started here or by torchrun, and what they share."""
+"""Ranks: one process per device, started here or by torchrun, and their communication."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all of them."""
+    """This process's rank and device."""
 
     rank: int = 0
     world_size: int = 1
@@ -57,23 +57,23 @@ class Ranks:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank; every rank must ask together."""
+        """Whether `flag` is true on any rank. Collective: call it on every rank."""
         if self.world_size == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
 
 
 def under_torchrun() -> bool:
-    """Whether a launcher has made this process one of its ranks: by torchrun's variables."""
+    """Whether torchrun, or a launcher that sets the same variables, started this process as a rank."""
     given = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return given <= os.environ.keys()
 
 
 def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: bool) -> None:
-    """Run `work(ranks, config)` on `ranks` processes of this machine, or as one rank of torchrun's.
+    """Run `work(ranks, config)` in `ranks` processes on this machine, or as one of torchrun's ranks.
 
-    Exits with the code of the first rank that fails. SIGINT and SIGTERM reach every rank, which decide
-    themselves when to stop.
+    Exits with the code of the first rank that fails. SIGINT, SIGTERM and SIGHUP are passed on to all ranks, which
+    handle them themselves.
     """
     if under_torchrun():
         rank, world, local_rank, local_world = (
@@ -91,7 +91,7 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
             address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
         errors = mp.get_context("spawn").SimpleQueue()
         context = mp.spawn(_spawned, (ranks, gpu, address, work, config, errors), nprocs=ranks, join=False)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the ranks as well
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal also sends it to the ranks
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda *_: [p.terminate() for p in context.processes])
@@ -99,7 +99,7 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
             while not context.join():
                 pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as failed:
-            # ranks fail together, often for the same reason, and those that lost their peers for no other
+            # ranks often fail together and for the same reason: print each message once
             messages = set()
             while not errors.empty():
                 messages.add(errors.get())
@@ -148,23 +148,23 @@ def _as_rank(ranks: Ranks, init_method: str, work: Callable[..., None], config: 
 
 
 def _agree_on_name(store: dist.Store, ranks: Ranks) -> str:
-    """A name that this start's ranks share and no earlier start had.
+    """Agree on a name that all ranks of this start share and that no earlier start used.
 
-    torchrun's store outlives a restart, and the addresses in it are those of the ranks that died. Nor do the
-    nodes count restarts alike. So each rank asks with a name of its own and the first one answers to that.
+    torchrun's store survives a restart and then holds the addresses of ranks that have died, and nodes may count
+    restarts differently. Therefore each rank sends a unique request, to which the first rank replies with the name.
     """
-    mine = uuid.uuid4().hex
+    unique = uuid.uuid4().hex
     if not ranks.first:
-        store.set(f"asks/{ranks.rank}", mine)
-        name = store.get(f"answer/{mine}").decode()
+        store.set(f"asks/{ranks.rank}", unique)
+        name = store.get(f"answer/{unique}").decode()
         store.set(f"heard/{name}/{ranks.rank}", "")
         return name
     for rank in range(1, ranks.world_size):
-        while not store.check([f"heard/{mine}/{rank}"]):
+        while not store.check([f"heard/{unique}/{rank}"]):
             if store.check([f"asks/{rank}"]):
-                store.set(f"answer/{store.get(f'asks/{rank}').decode()}", mine)
+                store.set(f"answer/{store.get(f'asks/{rank}').decode()}", unique)
             time.sleep(0.01)
-    return mine
+    return unique
 
 
 def distribute(
@@ -172,17 +172,20 @@ def distribute(
     ranks: Ranks,
     static: bool = True,
     compress: bool = False,
-    but: Collection[str] = (),
+    ignore: Collection[str] = (),
 ) -> nn.Module:
-    """Data parallel over all ranks: the same weights everywhere, gradients averaged.
+    """Make a network data parallel over all ranks: the same weights on each, and averaged gradients.
 
-    `static`: every backward pass is the same and reduces, so not with gradient accumulation (see `reduces`).
-    `compress`: gradients travel as bfloat16, half the bytes and 8 bits of precision. `but`: names of parameters
-    that are every rank's own.
+    Args:
+        model: the network.
+        ranks: this process's rank.
+        static: whether every backward pass is the same and averages gradients; not with gradient accumulation.
+        compress: send gradients as bfloat16, which halves the traffic.
+        ignore: names of parameters that ranks do not share.
     """
     if ranks.world_size == 1:
         return model
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(but))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(ignore))
     # every rank derives its own buffers (dropout position); the CUDA 12 pins' torch knows only the older name
     names = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
@@ -195,13 +198,13 @@ def distribute(
         static_graph=static,
     )
     if compress:
-        # by another name: DDP refuses the hook as such without NCCL, but gloo adds bfloat16 as well
+        # in a lambda, because DDP refuses this hook by name without NCCL, although gloo supports bfloat16
         parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
     return parallel
 
 
 def reduces(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """For one part of a step: gradients are averaged over ranks with the last part only."""
+    """Context for one part of a step: only the last part averages gradients over ranks."""
     if last or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
@@ -209,16 +212,16 @@ def reduces(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """Batch normalisation's running statistics, which every rank takes over its own samples, made one."""
+    """Average the running statistics of batch normalisation, which each rank computes on its own samples."""
     for buffer in model.buffers():
         if ranks.world_size > 1 and buffer.is_floating_point():
             ranks.sum(buffer).div_(ranks.world_size)
 
 
 def count_gpus(wanted: int | None) -> int:
-    """How many GPUs of this machine to use: all there are if `wanted` is None; 0 is the CPU.
+    """The number of GPUs to use on this machine: all if `wanted` is None; 0 is the CPU.
 
-    Under torchrun its ranks decide. Raises ModelError if there are fewer, or if torch cannot compute on them.
+    Under torchrun, it is the number of ranks. Raises ModelError if there are fewer GPUs or torch cannot use them.
     """
     present = 0 if wanted == 0 else torch.cuda.device_count()
     if under_torchrun() and present:
@@ -242,7 +245,7 @@ def count_gpus(wanted: int | None) -> int:
 
 
 def _check_driver() -> None:
-    """GPUs are counted through the driver's own library, which tells nothing of whether CUDA runs."""
+    """Raises ModelError if CUDA does not start; torch counts GPUs through the driver, without CUDA."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
@@ -261,12 +264,12 @@ def _check_driver() -> None:
 
 
 def _check_architecture(index: int) -> None:
-    """Of torch's builds each holds machine code for some generations of cards."""
+    """Raises ModelError if this build of torch has no machine code for the GPU."""
     major, minor = torch.cuda.get_device_capability(index)
     built = torch.cuda.get_arch_list()
     for kind, *version in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built)):
         oldest = tuple(map(int, version))
-        # machine code runs on later cards of its generation, PTX on all later cards
+        # machine code runs on later GPUs of the same generation, PTX on all later GPUs
         if (major, minor) >= oldest and (kind == "compute" or major == oldest[0]):
             return
     raise ModelError(
@@ -276,7 +279,7 @@ def _check_architecture(index: int) -> None:
 
 
 class StopRequest:
-    """Set by SIGINT, SIGTERM or SIGHUP; a second one kills as usual, but not within a second of the first.
+    """Records SIGINT, SIGTERM or SIGHUP. A second signal, more than a second later, has its usual effect.
 
     A signal that was ignored when the program started (nohup) stays ignored.
     """
@@ -289,7 +292,7 @@ class StopRequest:
                 signal.signal(number, self._request)
 
     def _request(self, number: int, _frame: Any) -> None:
-        if self.requested and time.monotonic() - self._since > 1:  # launchers send some signals twice at once
+        if self.requested and time.monotonic() - self._since > 1:  # launchers send some signals twice
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not self.requested:

@@ -1,1 +1,1 @@
-"""How the network is trained: recipe, step, checkpoints, evaluation."""
+"""Training: options, recipe, step, log, checkpoints, evaluation."""

@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, checked when read.
+"""Checkpoints: written atomically, verified when read.
 
-A checkpoint is an ordinary torch.save file (a zip) that any torch can load. Its zip comment holds the sha256 of
-everything before it, so that a truncated or flipped file is refused by name instead of training on.
+A checkpoint is an ordinary torch.save file (a zip) that any version of torch can load. Its zip comment holds the
+SHA-256 of everything before it, so that a truncated or damaged file is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from base.errors import ModelError
@@ -25,19 +26,21 @@ from base.files import (
     remove_temporary,
     temporary_path,
 )
+from model.training.config import checkpoint_paths
 from pipeline.preprocess import Preprocess
 
 DIGEST_BYTES = 64  # sha256 in hexadecimal
-MAX_BYTES = 16 << 30  # of a checkpoint; with 100,000 classes, momentum and an average it is 6 GB
-# what a run writes by way of temporary files, which a kill leaves
+MAX_BYTES = 16 << 30  # of a checkpoint; one with 100,000 classes, momentum and averaged weights has 6 GB
+# files that a run writes through temporary files, which remain after a kill
 OWN_FILES = r"(checkpoint-\d{9}|best)\.pt|config\.json|log\.jsonl|metrics\.csv"
-END_OF_ZIP = b"PK\x05\x06"  # the zip's last record, 22 bytes, ends with the length of the comment
+# the zip's last record: its signature begins 22 bytes, which end with the length of the comment
+END_OF_ZIP = b"PK\x05\x06"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path` by way of a temporary file, synced and renamed: a kill leaves the old or the new.
+    """Write `state` to `path` atomically: after a crash, the file is the old or the new one.
 
-    Tensors are saved from the CPU: a file of CUDA tensors would not load on a machine without a GPU.
+    Tensors are moved to the CPU first, because CUDA tensors could not be loaded on a machine without a GPU.
     """
     buffer = io.BytesIO()
     torch.save(tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), state), buffer)
@@ -50,48 +53,56 @@ def save(path: Path, state: dict[str, Any]) -> None:
             file.write(content)
             file.write(hashlib.sha256(content).hexdigest().encode())
     except OSError as error:
-        raise ModelError(f"the checkpoint {path} could not be written: {error.strerror}") from error
+        raise ModelError(f"cannot write the checkpoint {path}: {error.strerror}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; raises ModelError if it is missing, truncated, altered or not one of ours.
+    """Read a checkpoint to the CPU; raises ModelError if it is missing, damaged, or was not written by `save`.
 
-    The checksum finds accidents. A file made with intent is read by torch's restricted unpickler, which runs no
-    code, and takes no more memory than its size.
+    The checksum detects accidental damage. Against malicious files, torch's restricted unpickler runs no code, and
+    tensors take no more memory than the file has bytes.
     """
     try:
         content = read_regular(path, MAX_BYTES)
     except OSError as error:
-        raise ModelError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
+        raise ModelError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     body, digest = memoryview(content)[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise ModelError(f"the checkpoint {path} is damaged (its checksum does not match)")
     try:
         state = unpack(content)
         _check(state)
-    except Exception as error:  # torch raises many kinds, some of many lines
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path} is no checkpoint of this program's train.py ({reason[:200]})") from None
+    except Exception as error:  # torch raises many kinds
+        raise foreign(path, error) from None
     return dict(state)
 
 
-def unpack(content: bytes) -> Any:
-    """What is in the bytes of a file of torch.save, on the CPU, without running code of it.
+def foreign(path: Path, error: Exception) -> ModelError:
+    """The error for a file whose content is not that of a checkpoint; `error` may have many lines."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ModelError(f"{path} is not a checkpoint of train.py ({reason[:200]}): give another file")
 
-    Raises whatever torch raises, which is of many kinds and may be pages long.
+
+def unpack(content: bytes) -> Any:
+    """Unpickle the bytes of a torch.save file to the CPU without running code from it.
+
+    Raises many kinds of exceptions from torch, some with very long messages.
     """
-    if content.startswith(b"PK"):  # else the format of torch before 1.6, which has no compression
-        check_stored(content)  # as torch.save writes them
+    if content.startswith(b"PK"):  # torch before 1.6 wrote another format, without compression
+        check_stored(content)
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def _check(state: Any) -> None:
-    """ValueError unless what every user of a checkpoint relies on has the right type."""
+    """Raises ValueError unless the entries that are used have the right types."""
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}")
-    weights = state.get("model")
-    if not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
-        raise ValueError("its model is not a dictionary of tensors")
+    check_weights(state.get("model"))
+    if state.get("ema"):
+        check_weights(state["ema"]["model"])
+    best = state.get("best", 0.0)
+    if not isinstance(best, int | float):
+        raise ValueError(f"best is {best!r:.60}")
     for name in ("step", "epoch"):
         value = state.get(name, 0)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -108,23 +119,38 @@ def _check(state: Any) -> None:
         Preprocess.from_state_dict(state["preprocess"])
 
 
+def check_weights(weights: Any) -> None:
+    """Raises ValueError unless `weights` is a state dict of dense tensors of real numbers."""
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) and _is_dense(tensor)
+        for name, tensor in weights.items()
+    ):
+        raise ValueError("its weights are not a dictionary of dense tensors")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether every element has memory of its own: an expanded tensor could claim any size."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_complex() or tensor.is_quantized)
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    )
+
+
 class Checkpoints:
-    """The checkpoints of one run: OUT/checkpoint-STEP.pt, the last `keep` of them, and OUT/best.pt."""
+    """The checkpoints of one run: the last `keep` of OUT/checkpoint-STEP.pt, and OUT/best.pt."""
 
     def __init__(self, out: Path, keep: int = 3) -> None:
         self.out, self.keep = out, keep
 
-    def paths(self) -> list[Path]:
-        """All numbered checkpoints, the newest first."""
-        return sorted(self.out.glob("checkpoint-*.pt"), reverse=True)
-
     def save(self, state: dict[str, Any], best: bool = False) -> Path:
-        """Write one, drop those past `keep`; `best` makes it OUT/best.pt too (the same file, no copy)."""
+        """Write a checkpoint and delete those past `keep`; `best` also makes it OUT/best.pt, as a hard link."""
         remove_temporary(self.out, OWN_FILES)
         path = self.out / f"checkpoint-{state['step']:09d}.pt"
         if best:
-            # before the numbered one: a run killed in between resumes from an earlier step and finds this best
-            # again; the other way round it would never write it
+            # best.pt first: a run that is killed in between resumes from an earlier step and writes it again; in
+            # the other order it would never be written
             save(self.out / "best.pt", state)
             link = temporary_path(path)
             try:
@@ -136,9 +162,10 @@ class Checkpoints:
                 save(path, state)
         else:
             save(path, state)
-        # a later one was damaged and passed over
-        kept = [p for p in self.paths() if p.name <= path.name][: self.keep]
-        for other in set(self.paths()) - set(kept):
+        # later checkpoints are damaged ones that --fall-back skipped
+        paths = checkpoint_paths(self.out)
+        kept = [p for p in paths if p.name <= path.name][: self.keep]
+        for other in set(paths) - set(kept):
             other.unlink()
         return path
 
@@ -147,9 +174,11 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """The newest checkpoint; raises ModelError if there is none or it is damaged.
 
-        `fall_back`: use the one before a damaged one, and call `say` with a line about it.
+        Args:
+            fall_back: skip damaged checkpoints.
+            say: called with a line about each checkpoint that is skipped.
         """
-        paths = self.paths()
+        paths = checkpoint_paths(self.out)
         if not paths:
             raise ModelError(f"{self.out} holds no checkpoint to resume from: start without --resume")
         for path in paths:
@@ -158,22 +187,22 @@ class Checkpoints:
             except ModelError as error:
                 if not fall_back:
                     raise ModelError(
-                        f"{error.message}: resume from the previous one with --resume --fall-back"
+                        f"{error.message}; to resume from the previous one, use --resume --fall-back"
                     ) from error
-                say(f"passed over: {error.message}")
+                say(f"skipped: {error.message}")
         raise ModelError(
-            f"all {len(paths)} checkpoints in {self.out} are damaged: begin again with another --out"
+            f"all {len(paths)} checkpoints in {self.out} are damaged: start again with another --out"
         )
 
 
 def find(run: Path) -> Path:
-    """The checkpoint that RUN means: a .pt file itself, else the folder's best.pt, else its newest."""
+    """The checkpoint of RUN: the file itself, or of a folder best.pt, or if there is none the newest."""
     if run.is_file():
         return run
     if not run.is_dir():
-        raise ModelError(f"there is no run at {run}: give the folder that train.py wrote, or a .pt file")
+        raise ModelError(f"there is no run at {run}: give a folder that train.py wrote, or a .pt file")
     best = run / "best.pt"
-    candidates = [best] if best.exists() else Checkpoints(run).paths()
+    candidates = [best] if best.exists() else checkpoint_paths(run)
     if not candidates:
-        raise ModelError(f"{run} holds no checkpoint (*.pt)")
+        raise ModelError(f"{run} holds no checkpoint (*.pt): give a folder that train.py wrote")
     return candidates[0]

@@ -1,4 +1,4 @@
-"""Loss, top-1 and top-5 over a whole set, every image counted once."""
+"""Loss, top-1 and top-5 accuracy over a whole data set; every image counts once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model.parallel.ranks import Ranks
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 convolutions and matrix products as such: GPUs would round their inputs to TF32's 10 bits."""
+    """Compute convolutions and matrix products in float32, without rounding inputs to TF32's 10 bits on GPUs."""
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
@@ -27,9 +27,15 @@ def full_float32() -> Iterator[None]:
 
 
 def log_probabilities(network: nn.Module, images: Tensor, amp: torch.dtype | None = None) -> Tensor:
-    """Log of the softmax, (N, classes) float32, of images (N, 3, H, W); `amp` is the autocast type, None float32.
+    """Log of the softmax, which unlike the softmax does not underflow.
 
-    Of (N, K, 3, H, W): log of the softmax averaged over K crops (paper 4.1). Logs keep what would underflow.
+    Args:
+        network: in evaluation mode.
+        images: (N, 3, H, W); or (N, K, 3, H, W) to average the softmax over K crops (paper, section 4.1).
+        amp: the autocast type; None computes in float32.
+
+    Returns:
+        (N, classes) float32.
     """
     precision = torch.autocast(images.device.type, amp) if amp else full_float32()
     with precision:
@@ -48,19 +54,22 @@ def evaluate(
     ranks: Ranks,
     amp: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Mean cross entropy, top-1 and top-5 accuracy in 0..1, and the count, over all ranks' batches.
+    """Mean cross entropy, top-1 and top-5 accuracy in 0..1, and the number of images, over all ranks.
 
-    Batches are images as `log_probabilities` takes them and int64 labels (N,). Hits are counted, so the
-    accuracies do not depend on ranks or batch size.
+    Args:
+        model: returned to its mode (training or evaluation) at the end.
+        batches: images as `log_probabilities` takes them, and int64 labels (N,).
+        ranks: this process's rank.
+        amp: the autocast type; None computes in float32.
     """
     was_training = model.training
     model.eval()
     sums, count = torch.zeros(3, dtype=torch.float64, device=ranks.device), 0
     for images, labels in batches:
         logp = log_probabilities(model, images, amp)
-        hits = logp.topk(min(5, logp.shape[1])).indices == labels[:, None]
+        correct = logp.topk(min(5, logp.shape[1])).indices == labels[:, None]
         loss = F.nll_loss(logp, labels, reduction="sum")
-        sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.any(1).sum().double()])
+        sums += torch.stack([loss.double(), correct[:, 0].sum().double(), correct.any(1).sum().double()])
         count += len(labels)
     model.train(was_training)
     loss, top1, top5, total = ranks.sum(torch.cat([sums, sums.new_tensor([count])])).tolist()

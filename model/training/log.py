@@ -1,13 +1,14 @@
-"""A run's log: log.jsonl and what is made from it. One writer, one reader.
+"""A run's log: the one writer and the one reader of log.jsonl, and everything that is made from it.
 
-log.jsonl has one JSON object a line, its `kind` one of
+log.jsonl has one JSON object per line. Its `kind` is one of
 
-    train     a window of so many steps: loss, guess (the loss of always answering with the frequencies of this
-              epoch's labels), lr, images_per_s, data_wait, and error with --train-error
-    val       an epoch's validation: loss, top1, top5, count
-    guessing  the network has not learnt: loss, guess
+    train     means over the last `steps` steps: loss, lr, images_per_s, data_wait (the share of the time that was
+              spent waiting for data), with --train-error error, and guess, the loss of always predicting the
+              frequencies of this epoch's labels
+    val       validation after an epoch: loss, top1, top5, count
+    guessing  the network has not learnt anything yet: loss, guess
 
-`epoch` counts complete epochs from 0, `step` steps from 1.
+`epoch` is counted from 0 and `step` from 1.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FIELDS = ("epoch", "step", "loss", "lr", "images_per_s", "data_wait", "val_loss"
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a full disk or a folder that cannot be written into one line."""
+    """Raises ModelError instead of OSError, for example if the disk is full."""
     try:
         yield
     except OSError as error:
@@ -42,12 +43,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def read_log(run: Path, strict: bool = True) -> list[dict[str, Any]]:
-    """The entries of RUN/log.jsonl, without a partial last line, which a run that writes or was killed may have.
+    """Read the entries of RUN/log.jsonl; a partial last line, as a kill leaves it, is ignored.
 
     Args:
         run: a run's folder, or a checkpoint in it.
-        strict: raise ModelError where there is no entry, or another line is damaged; else return the entries
-            before the damage.
+        strict: raise ModelError if there are no entries or a line is damaged. Otherwise the entries before the
+            damaged line are returned.
     """
     path = (run.parent if run.is_file() else run) / "log.jsonl"
     try:
@@ -64,7 +65,7 @@ def read_log(run: Path, strict: bool = True) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             entries.append({**entry, "step": int(entry["step"]), "kind": str(entry["kind"])})
-        # ValueError also for bytes that are not UTF-8, OverflowError for a step of Infinity
+        # ValueError includes bytes that are not UTF-8; OverflowError is raised for a step of Infinity
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             if strict and number < len(lines):
                 raise ModelError(f"line {number} of {path} is damaged: delete it") from None
@@ -75,10 +76,10 @@ def read_log(run: Path, strict: bool = True) -> list[dict[str, Any]]:
 
 
 def epochs_of(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row of FIELDS for each epoch that has ended, counted from 1.
+    """One row of FIELDS for each complete epoch, counted from 1.
 
-    `loss` (and `error`) is the mean over the epoch's steps, `lr`, `images_per_s` and `data_wait` are those of its
-    last window. A window's loss is the mean since the one before, wherever a stop has put that.
+    `loss` and `error` are means over the epoch's steps; `lr`, `images_per_s` and `data_wait` are those of its last
+    log line.
     """
     rows: list[dict[str, Any]] = []
     sums = {"loss": 0.0, "error": 0.0}
@@ -86,7 +87,7 @@ def epochs_of(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for entry in entries:
         if entry["kind"] == "train":
             if entry["step"] <= before:
-                continue  # of a file that somebody put together
+                continue  # the file was edited: steps must increase
             if last.get("epoch") != entry["epoch"]:
                 sums, steps = dict.fromkeys(sums, 0.0), 0
             new, before, last = entry.get("steps", entry["step"] - before), entry["step"], entry
@@ -108,10 +109,11 @@ class Log:
 
     Args:
         out: the run's folder.
-        on: whether this rank writes; the others do nothing.
-        step: the checkpoint that a resumed run continues from: later lines are dropped.
-        config: plain values, for Weights & Biases; None leaves it off.
-        tensorboard, progress: whether to write events and show bars.
+        on: whether this rank writes. On other ranks, all methods do nothing.
+        step: the step of the checkpoint that a resumed run continues from; later lines are dropped.
+        config: the options, for Weights & Biases; None disables it.
+        tensorboard: whether to write TensorBoard events.
+        progress: whether to show progress bars.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class Log:
     ) -> None:
         self.out, self.on, self.progress = out, on, progress and on
         self._bar: tqdm | None = None
-        self._rest = ""  # what the progress bar says of the whole run
+        self._rest = ""  # what the progress bar shows about the whole run
         if not on:
             return
         # a resumed run repeats the steps after its checkpoint
@@ -145,7 +147,7 @@ class Log:
         self.wandb = _wandb(out, config, resumed=step > 0) if config is not None else None
 
     def _write_table(self) -> None:
-        """metrics.csv: an epoch a row."""
+        """Write metrics.csv, one row per epoch."""
         table = io.StringIO()
         writer = csv.DictWriter(table, FIELDS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
@@ -153,7 +155,7 @@ class Log:
         write_atomic(self.out / "metrics.csv", table.getvalue().encode())
 
     def write(self, kind: str, **entry: Any) -> None:
-        """Append a line (see the module)."""
+        """Append a line to log.jsonl and update everything that is made from it."""
         if not self.on:
             return
         entry = {"kind": kind, **entry}
@@ -184,11 +186,11 @@ class Log:
             )
 
     def remaining(self, seconds: float) -> None:
-        """Show in the progress bar how long the rest of the run takes."""
+        """Set the remaining time that the progress bar shows."""
         self._rest = f", {duration(seconds)} left"
 
     def bar(self, epoch: int, step_in_epoch: int, steps: int) -> None:
-        """One progress bar an epoch, moved once a step."""
+        """Advance the epoch's progress bar; call before each step."""
         if not self.progress:
             return
         if self._bar is None or step_in_epoch == 0:
@@ -201,7 +203,7 @@ class Log:
             self._bar.update()
 
     def watch(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
-        """`batches` with validation's progress bar."""
+        """Iterate over validation batches with a progress bar."""
         return tqdm(batches, "validating", total, unit="batch", leave=False) if self.progress else batches
 
     def say(self, line: str) -> None:
@@ -222,11 +224,13 @@ class Log:
 
 
 def _wandb(out: Path, config: dict[str, Any], resumed: bool) -> Any:
-    """A Weights & Biases run; a resumed run continues under its own id."""
+    """Start a Weights & Biases run; a resumed run continues under its id."""
     try:
         import wandb
     except ImportError:
-        raise ModelError("--wandb needs its package: pip install -e '.[wandb]'") from None
+        raise ModelError(
+            "wandb is not installed: run pip install -e '.[wandb]', or leave --wandb out"
+        ) from None
     identity = out / "wandb-id"
     if not (resumed and identity.exists()):
         write_atomic(identity, uuid.uuid4().hex.encode())
@@ -235,7 +239,7 @@ def _wandb(out: Path, config: dict[str, Any], resumed: bool) -> Any:
 
 
 def duration(seconds: float) -> str:
-    """ "3 min", "2 h 40 min", "5 days 3 h": two units at most."""
+    """Format as "3 min", "2 h 40 min" or "5 days 3 h"."""
     minutes = max(1, round(seconds / 60))
     if minutes < 60:
         return f"{minutes} min"
@@ -247,5 +251,5 @@ def duration(seconds: float) -> str:
 
 
 def size(n: float) -> str:
-    """ "456 MB", "1.8 GB"."""
+    """Format as "456 MB" or "1.8 GB"."""
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""What current recipes add to the paper's: mixup, label smoothing, averaged weights. All off by default."""
+"""Mixup (Zhang et al., arXiv:1710.09412) and label smoothing (Szegedy et al., arXiv:1512.00567)."""
 
 from __future__ import annotations
 
@@ -7,32 +7,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mix(images: Tensor, keep: Tensor) -> Tensor:
-    """Each image blended with its neighbour (rows 0 and 1, 2 and 3, ...): mixup (Zhang et al., arXiv:1710.09412).
+def mix(images: Tensor, lam: Tensor) -> Tensor:
+    """Blend each image with its partner: lam * image + (1 - lam) * partner.
 
-    images: (N, 3, H, W), N even; keep: (N,) in 0..1, how much of itself each image keeps. Returns a new tensor
-    of the same dtype and memory format.
+    Args:
+        images: (N, 3, H, W), N even. Rows 0 and 1, 2 and 3, ... are partners.
+        lam: (N,) in 0..1.
+
+    Returns:
+        A new tensor of the same dtype and memory format.
     """
     return torch.lerp(
-        images[neighbours(len(images), images.device)], images, keep.to(images)[:, None, None, None]
+        images[partners(len(images), images.device)], images, lam.to(images)[:, None, None, None]
     )
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, smoothing: float = 0.0, keep: Tensor | None = None
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, lam: Tensor | None = None
 ) -> Tensor:
-    """Mean cross entropy of logits (N, classes) with labels (N,); after `mix`, with both images' labels.
+    """Mean cross entropy with the labels, or after `mix` with the labels of both partners.
 
-    `smoothing` gives that share of the target to all classes alike (Szegedy et al., arXiv:1512.00567).
+    Args:
+        logits: (N, classes).
+        labels: (N,) int64.
+        smoothing: label smoothing, the share of the target that is spread evenly over all classes.
+        lam: (N,) as given to `mix`; None without mixup.
     """
-    if keep is None:
+    if lam is None:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    own = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
-    other = labels[neighbours(len(labels), labels.device)]
-    others = F.cross_entropy(logits, other, label_smoothing=smoothing, reduction="none")
-    return torch.lerp(others, own, keep.to(own)).mean()
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    partner_labels = labels[partners(len(labels), labels.device)]
+    partner_loss = F.cross_entropy(logits, partner_labels, label_smoothing=smoothing, reduction="none")
+    return torch.lerp(partner_loss, loss, lam.to(loss)).mean()
 
 
-def neighbours(n: int, device: torch.device) -> Tensor:
-    """1, 0, 3, 2, ...: whom each of n rows is mixed with."""
+def partners(n: int, device: torch.device) -> Tensor:
+    """Row numbers 1, 0, 3, 2, ...: the partner of each of n rows."""
     return torch.arange(n, device=device) ^ 1

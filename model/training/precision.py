@@ -1,4 +1,4 @@
-"""Mixed precision: which type of number a step is computed in, and when float16 has failed."""
+"""Mixed precision: the number formats of a step, and when float16 has failed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from base.errors import ModelError
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type: bfloat16 where the device computes it, float16 on older GPUs, None on older CPUs."""
+    """The autocast type for --amp; None is float32.
+
+    "auto" is bfloat16 if the device supports it, else float16 on GPUs and float32 on CPUs.
+    """
     if choice == "auto":
         if device.type == "cuda":
             choice = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -23,25 +26,27 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
 
 
 def input_dtype(amp: torch.dtype | None, device: torch.device, mixup: float = 0) -> torch.dtype:
-    """The type of the loader's images: on a GPU float16 (DALI has no bfloat16), on the CPU that of autocast."""
+    """The type of the loader's images: that of autocast, but float16 on GPUs because DALI has no bfloat16."""
     if amp is None:
         return torch.float32
     if device.type == "cuda":
         return torch.float16
-    return torch.float32 if mixup else amp  # mixed images are rounded once, after the mixing
+    return torch.float32 if mixup else amp  # with mixup, images are rounded once, after mixing
 
 
 def check_scale(scaler: torch.amp.GradScaler, out: Path) -> None:
-    """Float16 skips a step whose gradients overflow and halves the loss scale; raises ModelError below 1.
+    """Raises ModelError if the loss scale of float16 has fallen below 1.
 
-    From the first scale, 65,536, that is 17 steps skipped in a row (seen at the next log line).
+    Each step whose gradients overflow is skipped and halves the scale, which starts at 65,536: this takes 17
+    skipped steps in a row.
     """
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise diverged("float16 gradients overflow at any loss scale", out)
 
 
 def diverged(what: str, out: Path) -> ModelError:
+    """The error for a training that has diverged."""
     return ModelError(
-        f"{what}: training has diverged; the checkpoints in {out} are from before: "
-        "resume with --amp off, or begin again with a lower --lr"
+        f"{what}: training has diverged; resume from the last checkpoint in {out} with --amp off, "
+        "or start again with a lower --lr"
     )

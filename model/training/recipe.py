@@ -1,4 +1,4 @@
-"""How the network is trained: initial weights, optimiser, learning-rate schedule (paper, section 5)."""
+"""Initial weights, optimiser and learning-rate schedule (paper, section 5)."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ SCHEDULES = ("plateau", "step", "cosine")
 
 
 class Start(NamedTuple):
-    """One layer's initial weights and biases: N(0, std) and a constant; std None: PyTorch's own for both."""
+    """A layer's initial weights, N(0, std), and its constant bias; with std None, PyTorch's defaults for both."""
 
     std: float | None
     bias: float = 0.0
 
 
 def _torch(layer: str, fan_in: int) -> Start:
-    """PyTorch's own defaults, as in torchvision's alexnet: weights and biases uniform within 1 / sqrt(fan_in)."""
+    """PyTorch's defaults, as in torchvision's alexnet: weights and biases uniform within 1 / sqrt(fan_in)."""
     return Start(None)
 
 
 def _paper(layer: str, fan_in: int) -> Start:
     """Section 5 of the paper: N(0, 0.01); biases 1 in conv2, conv4, conv5 and the hidden layers.
 
-    Known to stay at the level of guessing for long or for good (BVLC/caffe, pull request 327).
+    Known to learn nothing for many steps or at all (BVLC/caffe, pull request 327).
     """
     return Start(0.01, 1.0 if layer in ("conv2", "conv4", "conv5", "hidden") else 0.0)
 
 
 def _cuda_convnet2(layer: str, fan_in: int) -> Start:
-    """The paper's author's own file, cuda-convnet2's layers-imagenet-1gpu.cfg: N(0, 0.03) in conv3 to conv5."""
+    """layers-imagenet-1gpu.cfg of the author's cuda-convnet2: N(0, 0.03) in conv3 to conv5."""
     return Start(0.03 if layer in ("conv3", "conv4", "conv5") else 0.01, _paper(layer, fan_in).bias)
 
 
 def _he(layer: str, fan_in: int) -> Start:
     """He et al. 2015: variance 2 / fan_in, zero biases; N(0, 0.01) in the last layer.
 
-    Without batch normalisation it is too large for pixels in levels.
+    Too large without batch normalisation, because pixels are in 0..255.
     """
     return Start(0.01 if layer == "last" else math.sqrt(2 / fan_in))
 
 
 def _cuda_convnet(layer: str, fan_in: int) -> Start:
-    """cuda-convnet's layers-80sec.cfg and layers-18pct.cfg, for the variants of those names; biases are zero."""
+    """cuda-convnet's layers-80sec.cfg and layers-18pct.cfg, for the variants of these names; zero biases."""
     return Start({"conv1": 0.0001, "conv2": 0.01, "conv3": 0.01, "last of one": 0.01}.get(layer, 0.1))
 
 
@@ -67,20 +67,20 @@ INITS = {
 
 @torch.no_grad()
 def initialise(model: nn.Module, scheme: str, seed: int = 0) -> None:
-    """Draw all weights anew, the same for the same seed on every device and rank.
+    """Draw the initial weights; the same seed gives the same weights on every device and rank.
 
     Args:
         model: an AlexNet, or any network of convolutions and fully connected layers.
-        scheme: one of INITS; what each does, and where it is from, stands there.
-        seed: of the draws; the caller's random state stays as it was.
+        scheme: one of INITS.
+        seed: seed of the random numbers; the global random state does not change.
 
     Raises:
-        ModelError: an unknown scheme, or cuda-convnet's for a network other than its own two.
+        ModelError: the scheme is unknown, or is cuda-convnet's and the network is not one of the CIFAR variants.
     """
     check_init(scheme, getattr(model, "variant", ""))
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     convolutions = sum(isinstance(m, nn.Conv2d) for m in layers)
-    # by the paper's numbers, also where a layer is left out
+    # the paper's numbers, even if a layer is omitted
     numbers = getattr(model, "convolutions", range(1, 1 + convolutions))
     linears = len(layers) - convolutions
     names = [f"conv{n}" for n in numbers] + ["hidden"] * (linears - 1)
@@ -98,7 +98,7 @@ def initialise(model: nn.Module, scheme: str, seed: int = 0) -> None:
 
 
 def check_init(scheme: str, variant: str) -> None:
-    """Raises ModelError for an unknown scheme, or cuda-convnet's for a network other than its own two."""
+    """Raises ModelError if the scheme is unknown or is not for this variant."""
     if scheme not in INITS:
         raise ModelError(f"init is {scheme!r}: use one of {', '.join(INITS)}")
     if scheme == "cuda-convnet" and not variant.startswith("cifar"):
@@ -121,18 +121,18 @@ def build_optimizer(
     bias_lr: float = 1.0,
     layer_decay: Mapping[str, float] | None = None,
 ) -> torch.optim.SGD:
-    """SGD as in the paper's update rule, weight decay on weights only (not on biases and norms); or LARS.
+    """SGD with the paper's update rule, or LARS; weight decay does not apply to biases and norms.
 
-    torch's SGD keeps u = -v / lr where the paper keeps v = 0.9 v - 0.0005 lr w - lr g; the two are the same
-    as long as lr stays, and `set_lr` makes them the same when it changes.
+    The paper updates v = 0.9 v - 0.0005 lr w - lr g. torch's SGD keeps u = -v / lr, which is the same as long as lr
+    is constant; `set_lr` keeps it the same when lr changes.
 
     Args:
-        model: parameters that need no gradient are left out.
+        model: parameters that need no gradient are ignored.
         lr, momentum, weight_decay: see section 5 of the paper.
         kind: one of OPTIMIZERS.
         sum_of_slices: see LARS.
-        bias_lr: the rate of biases and norms over that of weights; 2 in cuda-convnet and Caffe.
-        layer_decay: layer ("fc10") -> its own weight decay.
+        bias_lr: learning rate of biases and norms relative to that of weights; 2 in cuda-convnet and Caffe.
+        layer_decay: weight decay of individual layers by name ("fc10").
 
     Raises:
         ModelError: an unknown kind or layer.
@@ -145,7 +145,7 @@ def build_optimizer(
         name: decay for layer, decay in (layer_decay or {}).items() if (name := _weight_of(layer, weights))
     }
     if own and kind == "lars":
-        raise ModelError("a weight decay by layer goes with --optimizer sgd: lars has one for all layers")
+        raise ModelError("--layer-decay needs --optimizer sgd: lars has one weight decay for all layers")
     groups: list[dict[str, Any]] = [
         {"params": [p for name, p in weights.items() if name not in own], "weight_decay": weight_decay},
         {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0, "scale": bias_lr},
@@ -160,7 +160,7 @@ def build_optimizer(
     else:
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
     for parameter in trained.values():
-        # torch would take the buffer's memory as it finds it if float16 overflows in the very first step
+        # torch leaves the buffer uninitialised if float16 overflows in the first step
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -169,21 +169,23 @@ def _weight_of(layer: str, weights: Mapping[str, Tensor]) -> str:
     """The name of the weight of `layer`: "fc10" -> "classifier.fc10.weight"."""
     known = {name.split(".")[-2]: name for name in weights}
     if layer not in known:
-        raise ModelError(f"there is no layer {layer} to decay: choose of {', '.join(known)}")
+        raise ModelError(f"there is no layer {layer} to decay: choose from {', '.join(known)}")
     return known[layer]
 
 
 class LARS(torch.optim.SGD):
-    """A rate for each layer, for large batches (You, Gitman, Ginsburg 2017, arXiv:1708.03888, algorithm 1).
+    """Layer-wise adaptive rates for large batches (You, Gitman, Ginsburg 2017, arXiv:1708.03888, algorithm 1).
 
         l = trust |w| / (|g| + decay |w|)        v <- momentum v + lr l (g + decay w)        w <- w - v
 
-    for each tensor of the first group of parameters, the weights; other groups, biases and norms, take plain
-    SGD's steps. Kept as SGD keeps v, so `set_lr` applies.
+    for each tensor in the first group of parameters, the weights. The other groups, biases and norms, are updated
+    by plain SGD. v is kept as in torch's SGD, so `set_lr` applies.
 
     Args:
-        groups: of the first, `weight_decay` is the formula's decay.
-        sum_of_slices: of values, one row a parameter, the sums over the ranks that hold slices of that parameter.
+        groups: parameter groups; the `weight_decay` of the first one is the formula's decay.
+        lr, momentum: as for SGD.
+        sum_of_slices: takes one row of values per parameter and returns their sums over the ranks that hold slices
+            of that parameter (`Layout.sum_of_slices`).
         trust: 0.001 in the paper.
     """
 
@@ -197,10 +199,10 @@ class LARS(torch.optim.SGD):
     ) -> None:
         super().__init__(groups, lr=lr, momentum=momentum, fused=True)
         weights = self.param_groups[0]
-        # SGD's own decay would come on top
+        # step() applies the decay, so SGD must not
         weights["decay"], weights["weight_decay"], weights["trust"] = weights["weight_decay"], 0.0, trust
         self.sum_of_slices = sum_of_slices
-        # the norms are of gradients without a loss scale, so GradScaler must take it off before the step
+        # the norms need unscaled gradients, so GradScaler must unscale them before the step
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -214,18 +216,18 @@ class LARS(torch.optim.SGD):
             squares = self.sum_of_slices(squares, parameters)
         w, g = squares.sqrt().unbind(1)
         rates = group["trust"] * w / (g + group["decay"] * w)
-        rates = torch.where((w > 0) & (g > 0), rates, 1.0)  # a layer of zeros must be able to begin
+        rates = torch.where((w > 0) & (g > 0), rates, 1.0)  # so that a layer of zeros can start
         torch._foreach_add_(gradients, parameters, alpha=group["decay"])
         torch._foreach_mul_(gradients, list(rates.unbind()))
         return super().step(closure)
 
 
 def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
-    """Set the rate of the next step, and keep the paper's velocity v across the change.
+    """Set the learning rate of the next step and preserve the paper's velocity v.
 
-    torch's buffer is v in units of the rate, so its next update takes the ratio of the two rates into the momentum
-    factor: momentum * old / new. That costs nothing, where scaling the buffers would pass over all weights. If
-    float16 overflows in just that step, which is then skipped, the velocity is off by the ratio for some steps.
+    torch's buffer is v divided by the rate. Instead of rescaling the buffers, which would take a pass over all
+    weights, the next update's momentum becomes momentum * old / new. If float16 overflows in that step, it is
+    skipped and the velocity is off by this ratio for some steps.
     """
     for group in optimizer.param_groups:
         old, group["lr"] = group["lr"], lr * group["scale"]
@@ -236,19 +238,20 @@ def set_lr(optimizer: torch.optim.SGD, lr: float) -> None:
 
 
 class Schedule:
-    """The learning rate at each step, counted from the start of training.
+    """The learning rate of each step.
 
-    'plateau' (paper): divided by 10 whenever the validation error has not improved for `patience` epochs. 'step':
-    divided by 10 at each of `milestones`, by default after each third of `epochs`. 'cosine': to zero at the end.
-    All rise linearly from zero over the first `warmup_epochs`.
+    "plateau" (paper) divides the rate by 10 if the validation error has not improved for `patience` epochs. "step"
+    divides it by 10 at each of `milestones`, by default after each third of `epochs`. "cosine" decays it to zero.
+    All start with a linear warm-up from zero.
 
     Args:
         kind: one of SCHEDULES.
         lr: the rate after the warm-up.
-        epochs: of the whole run; steps_per_epoch: steps in each.
-        warmup_epochs: may be a fraction.
-        patience: in epochs.
-        milestones: in epochs, rising.
+        epochs: number of epochs of the whole run.
+        steps_per_epoch: number of steps per epoch.
+        warmup_epochs: length of the warm-up, which may be a fraction.
+        patience: number of epochs, for "plateau".
+        milestones: increasing numbers of epochs, for "step".
     """
 
     def __init__(
@@ -269,7 +272,7 @@ class Schedule:
         self.drops, self.best, self.bad_epochs = 0, math.inf, 0
 
     def lr(self, step: int) -> float:
-        """The rate of step `step`."""
+        """The rate of step `step`, counted from 0 at the start of the run."""
         if step < self.warmup:
             return self.base_lr * ((step + 1) / self.warmup)
         if self.kind == "plateau":
@@ -284,7 +287,7 @@ class Schedule:
     def validated(self, error: float, guessing: bool = False) -> None:
         """Call after each epoch with the validation error in 0..1.
 
-        An epoch of a network that is still `guessing` does not count: dividing the rate would keep it there.
+        Ignores epochs of a network that is still `guessing`, because a lower rate would keep it from learning.
         """
         if guessing:
             return
@@ -299,4 +302,5 @@ class Schedule:
         return {"drops": self.drops, "best": self.best, "bad_epochs": self.bad_epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.drops, self.best, self.bad_epochs = state["drops"], state["best"], state["bad_epochs"]
+        self.drops, self.best = int(state["drops"]), float(state["best"])
+        self.bad_epochs = int(state["bad_epochs"])

@@ -1,8 +1,11 @@
-"""TrainState: everything that changes while a run trains, and what its checkpoints hold."""
+"""TrainState: everything that changes during training, and the content of checkpoints."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,7 +18,7 @@ from model.training.checkpoint import Checkpoints
 from model.training.config import Config
 from model.training.ema import Ema
 from model.training.log import duration, size
-from model.training.precision import amp_dtype, diverged
+from model.training.precision import amp_dtype, check_scale, diverged
 from model.training.watch import Watch
 from model.training.weights import Weights
 from pipeline.load.plan import Plan
@@ -23,21 +26,24 @@ from pipeline.preprocess import Preprocess
 
 
 class TrainState:
-    """The network on this rank with its optimiser, schedule and place in the run.
+    """The network on this rank, its optimiser and schedule, and the position in the run.
 
     Args:
-        config: with nothing left to choose (`Config.fill`).
-        ranks: this process's place among all.
+        config: the options, after `Config.fill`.
+        ranks: this process's rank.
         plan: the random decisions of the run.
-        classes: of the manifest.
-        preprocess: kept in every checkpoint.
-        data_sha256: of the training set's content; a resumed run must have the same.
-        weights: to begin with; None for --init.
+        classes: the manifest's classes.
+        preprocess: saved in every checkpoint.
+        data_sha256: hash of the training set, which must not change when a run is resumed.
+        weights: the initial weights; None draws them as --init says.
 
     Attributes:
-        network: laid out over the ranks; `forward` is the module to call in training.
-        step: steps done; best: the best validation top-1 so far, in 0..1.
-        loss_sum, hits, label_counts: on the device, since the last log line.
+        network: split across the ranks; in training, call `forward` instead.
+        loaded: what was loaded from `weights`, for the user.
+        step: steps done.
+        best: the best validation top-1 so far, in 0..1.
+        loss_sum, correct, label_counts: sums on the device since the last log line.
+        data_wait: seconds that the loop waited for batches since the last log line.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class TrainState:
             len(classes), config.variant, config.dropout, image_size=config.crop, **config.network_options
         )
         recipe.initialise(self.network, config.init, config.seed)
-        self.begins_with = weights.into(self.network) if weights else ""
+        self.loaded = weights.into(self.network) if weights else ""
         self.network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.layout = Layout(self.network, config.layout, ranks, config.global_batch)
         if config.freeze:
@@ -87,7 +93,7 @@ class TrainState:
         self.watch = Watch(len(classes), config.label_smoothing)
         self.checkpoints = Checkpoints(config.folder, config.keep)
         self.step, self.best = 0, -1.0
-        # what the weights and the stream of samples depend on: a checkpoint of anything else is refused
+        # what the weights and the order of samples depend on; resume() refuses a checkpoint that differs
         self.identity = {
             "variant": config.variant,
             "seed": config.seed,
@@ -98,17 +104,19 @@ class TrainState:
             "network": self.network.options,
         }
         self.loss_sum = torch.zeros((), device=ranks.device)
-        self.hits = torch.zeros((), device=ranks.device)
+        self.correct = torch.zeros((), device=ranks.device)
         self.label_counts = torch.zeros(len(classes), dtype=torch.int64, device=ranks.device)
 
     def start(self) -> None:
-        """Make the module to call in training, after a checkpoint was loaded and before the first step."""
-        # DDP may take the graph as static when one backward pass makes a step
+        """Make the module to call in training; call after a checkpoint is loaded and before the first step."""
+        # for DDP the graph is static if a step is one backward pass
         self.forward = self.layout.distribute(self.config.accumulate == 1, self.config.compress)
         self.train_mode()
+        self._estimate_step = self.step + 100
+        self.start_window()
 
     def train_mode(self) -> None:
-        """Back from evaluation; the statistics of a frozen batch normalisation stay."""
+        """Return from evaluation to training mode; frozen batch normalisation keeps its statistics."""
         self.network.train()
         if self.config.freeze:
             self.network.features.eval()
@@ -123,14 +131,30 @@ class TrainState:
         return self.config.epochs * self.plan.steps_per_epoch
 
     @property
+    def epoch_ends(self) -> bool:
+        """Whether the last step was the last of its epoch."""
+        return self.step % self.plan.steps_per_epoch == 0
+
+    @property
+    def save_due(self) -> bool:
+        """Whether a checkpoint follows the last step: after each epoch and every --save-every steps."""
+        every = self.config.save_every
+        return self.epoch_ends or (every > 0 and self.step % every == 0)
+
+    @property
+    def images_left(self) -> int:
+        """Training images from here to the end of the run."""
+        return (self.end_step - self.step) * self.plan.global_batch
+
+    @property
     def trained(self) -> torch.nn.Module:
-        """What is evaluated: the averaged network where there is one. Every rank must ask together."""
+        """The network to evaluate: the averaged one with --ema. Collective: call it on every rank."""
         return self.layout.plain_network(self.ema.network if self.ema else self.network)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """About the size of one checkpoint: weights, momentum and averaged weights in float32."""
-        slices = self.layout.dims  # of these the rank holds one in world_size
+        """Approximate size of a checkpoint: weights, momentum and averaged weights in float32."""
+        slices = self.layout.dims  # of these parameters each rank holds 1 / world_size
         count = sum(
             p.numel() * (self.ranks.world_size if name in slices else 1)
             for name, p in self.network.named_parameters()
@@ -140,7 +164,7 @@ class TrainState:
     # ---- messages
 
     def describe(self) -> str:
-        """What the run computes on, and in which type of number: why most speeds differ."""
+        """The devices and the number format of the run, for the user."""
         ranks = self.ranks
         if ranks.gpu:
             where = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
@@ -149,22 +173,29 @@ class TrainState:
         return f"training on {where}, in {str(self.amp or torch.float32).removeprefix('torch.')}"
 
     def estimate(self, rate: float) -> str:
-        """How long an epoch and the rest of the run take at `rate` images/s, and how much disk the run takes."""
+        """The time and disk space that the run needs at `rate` images/s: once, after 100 steps or the first epoch.
+
+        Empty at other times and when nothing is left to do.
+        """
+        if not self._estimate_step or not (self.step >= self._estimate_step or self.epoch_ends):
+            return ""
+        self._estimate_step = 0
+        if not self.images_left:
+            return ""
         epoch = self.plan.steps_per_epoch * self.plan.global_batch
-        rest = (self.end_step - self.step) * self.plan.global_batch
         every = self.config.save_every
         saves = self.config.epochs + (self.end_step // every if every else 0)
-        files = min(self.config.keep, saves) + 1  # and best.pt
+        files = min(self.config.keep, saves) + 1  # plus best.pt
         return (
             f"at {rate:,.0f} images/s an epoch takes {duration(epoch / rate)} and the rest of the run "
-            f"{duration(rest / rate)}, without validation; up to {files} checkpoints of "
+            f"{duration(self.images_left / rate)}, without validation; up to {files} checkpoints of "
             f"{size(self.checkpoint_bytes)} take {size(files * self.checkpoint_bytes)}"
         )
 
     # ---- checkpoints
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint; `best`: as best.pt too. Every rank must call it: slices are gathered."""
+        """Write a checkpoint, with `best` also as best.pt. Collective: call it on every rank."""
         model, updates = self.layout.state_dict(), self.layout.optimizer_state_dict(self.optimizer)
         averaged = self.ema.state_dict(self.layout.whole) if self.ema else {}
         if not self.ranks.first:
@@ -189,60 +220,99 @@ class TrainState:
         self.checkpoints.save(state, best=best)
 
     def resume(self, say: Callable[[str], None]) -> None:
-        """Continue from the newest checkpoint; raises ModelError if it is of another run, or of none."""
-        out, saved = self.config.folder, self.checkpoints.newest(self.config.fall_back, say)
+        """Continue from the newest checkpoint; raises ModelError if there is none or it is another run's.
+
+        Args:
+            say: called with a line about each damaged checkpoint that --fall-back skips.
+        """
+        saved = self.checkpoints.newest(self.config.fall_back, say)
+        try:
+            self._load(saved)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"the checkpoint in {self.config.folder} does not fit this run ({reason}): "
+                "resume from the previous one by deleting it, or start again with another --out"
+            ) from None
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        out = self.config.folder
         for key, value in self.identity.items():
             if saved["identity"].get(key) != value:
                 raise ModelError(
                     f"the checkpoint in {out} has {key} {saved['identity'].get(key)}, not {value}: "
-                    "resume with the options (and data) that the run began with"
+                    "resume with the options and the data of the original run"
                 )
         if bool(saved["ema"]) != bool(self.ema):
             raise ModelError(
-                f"the checkpoint in {out} was made {'with' if not self.ema else 'without'} --ema"
+                f"the checkpoint in {out} was made {'with' if not self.ema else 'without'} --ema: "
+                "resume with the original options"
             )
         self.layout.load_state_dict(saved["model"])
         self.layout.load_optimizer_state_dict(self.optimizer, saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.watch.load_state_dict(saved["watch"])
-        if saved["scaler"]:  # empty without float16, and --amp may change on the way
+        if saved["scaler"]:  # empty without float16; --amp may have changed
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema:
             self.ema.load_state_dict(saved["ema"], self.layout.part)
         self.step, self.best = saved["step"], saved["best"]
 
     def check_same_step(self) -> None:
-        """Raises ModelError where nodes do not share the run's folder and found different checkpoints."""
+        """Raises ModelError if ranks found different checkpoints, because nodes do not share the run's folder."""
         ranks, step = self.ranks, torch.tensor(self.step, device=self.ranks.device)
         if ranks.any(ranks.sum(step).item() != self.step * ranks.world_size):
             raise ModelError(
-                f"the ranks find different checkpoints in {self.config.folder}: "
+                f"the ranks found different checkpoints in {self.config.folder}: "
                 "give an --out that all nodes share"
             )
 
-    # ---- what is read from the device at a log line
+    # ---- windows: the steps between two log lines
 
-    def window(self, steps: int) -> dict[str, float]:
-        """Mean loss (and error) of the last `steps` steps over all ranks, and the loss of guessing; begin anew.
+    def start_window(self) -> None:
+        """Start measuring; call again after work that is not training, such as validation."""
+        self._window_start, self._window_step, self.data_wait = time.perf_counter(), self.step, 0.0
 
-        Waits for the device.
+    def end_window(self) -> dict[str, float]:
+        """The fields of a log line, and start the next window. Waits for the device.
+
+        Means over the steps of the window and all ranks. Raises ModelError if training has diverged.
         """
-        ranks = self.ranks
+        ranks, steps = self.ranks, self.step - self._window_step
         means = {"loss": ranks.sum(self.loss_sum).item() / steps / ranks.world_size}
         if self.config.train_error:
             images = steps * self.layout.batch * ranks.world_size
-            means["error"] = 1 - ranks.sum(self.hits).item() / images
+            means["error"] = 1 - ranks.sum(self.correct).item() / images
         self.watch.add(means["loss"], steps, ranks.sum(self.label_counts))
         means["guess"] = self.watch.guess()
-        for total in (self.loss_sum, self.hits, self.label_counts):
+        for total in (self.loss_sum, self.correct, self.label_counts):
             total.zero_()
-        return means
+        if not math.isfinite(means["loss"]):
+            raise diverged(f"the loss is {means['loss']} at step {self.step}", self.config.folder)
+        check_scale(self.scaler, self.config.folder)
+        seconds = time.perf_counter() - self._window_start
+        speed = {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_s": steps * self.plan.global_batch / seconds,
+            "data_wait": self.data_wait / seconds,
+        }
+        self.start_window()
+        return {"steps": steps, **speed, **means}
+
+    # ---- the end of an epoch
+
+    def validated(self, top1: float) -> bool:
+        """Update the schedule with the validation accuracy in 0..1; returns whether it is the best so far."""
+        self.schedule.validated(1 - top1, guessing=not self.watch.learnt)
+        is_best = top1 > self.best
+        self.best = max(self.best, top1)
+        return is_best
 
     @torch.no_grad()
     def before_saving(self) -> None:
-        """Make the ranks' running statistics one; raises ModelError where the weights are not finite.
+        """Average running statistics over ranks; raises ModelError if the weights are not finite.
 
-        The loss of a step says nothing about the update after it.
+        The loss of a step does not reveal that the update after it diverged.
         """
         for averaged in (self.network, self.ema.network) if self.ema else (self.network,):
             self.layout.average_buffers(averaged)

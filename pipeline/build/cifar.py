@@ -1,4 +1,4 @@
-"""CIFAR's official archives, python or binary version -> folders of PNGs, one a class.
+"""Unpacks the official CIFAR-10 archives, python or binary version, to one folder of PNGs per class.
 
 https://www.cs.toronto.edu/~kriz/cifar.html
 """
@@ -27,29 +27,29 @@ from base.files import lock, open_regular
 from pipeline.build.images import encode
 
 SIDE = 32
-PIXELS = 3 * SIDE * SIDE  # an image: all red, then all green, then all blue values
+PIXELS = 3 * SIDE * SIDE  # values of an image: all red, then all green, then all blue
 MAX_BYTES = 1 << 29  # of an unpacked archive; the official ones have 186 million
-MAX_MEMO = 1 << 20  # values that a pickle refers back to; the official ones have 20 thousand
-UNPACKED = ".unpacked"  # in OUT, while a build is at work
+MAX_MEMO = 1 << 20  # entries of a pickle's memo; the official ones have 20 thousand
+UNPACKED = ".unpacked"  # folder in OUT during a build
 
 Batch = tuple[str, np.ndarray, list[int]]  # split, (N, 3072) uint8, N labels below the number of classes
 
 
 def is_archive(path: Path) -> bool:
-    """Whether `path` is a CIFAR-10 archive, by its name: a damaged one is one too."""
+    """Whether `path` is named like a CIFAR-10 archive; it can be damaged."""
     return path.is_file() and path.name.startswith("cifar-10-") and path.name.endswith((".tar.gz", ".tar"))
 
 
 @contextmanager
 def unpacked(archive: Path, out: Path) -> Iterator[Path]:
-    """`unpack` into a hidden folder of `out` that goes afterwards, or with the next call after a kill."""
+    """Unpack into a hidden folder of `out`, and remove it afterwards. The next call removes what a kill leaves."""
     names, batches = _read(archive)
     folder = out / UNPACKED
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot write to {folder}: {error.strerror}; name another OUT") from None
-    with lock(folder, f"another build is at work in {out}: wait for it, or stop it"):
+        raise DataError(f"cannot write to {folder}: {error.strerror}; give another OUT") from None
+    with lock(folder, f"another build is running in {out}: wait for it, or stop it"):
         try:
             for leftover in folder.iterdir():
                 shutil.rmtree(leftover)
@@ -60,9 +60,9 @@ def unpacked(archive: Path, out: Path) -> Iterator[Path]:
 
 
 def unpack(archive: Path, out: Path) -> None:
-    """cifar-10-python.tar.gz or cifar-10-binary.tar.gz -> out/{train,val}/<class>/NNNNN.png, without loss.
+    """Unpack cifar-10-python.tar.gz or cifar-10-binary.tar.gz to out/{train,val}/<class>/NNNNN.png, without loss.
 
-    DataError for an archive that is none of the two or damaged, before anything is written.
+    Raises DataError before anything is written if the archive is neither of the two, or is damaged.
     """
     _write(*_read(archive), out, archive)
 
@@ -77,45 +77,45 @@ def _write(names: list[str], batches: list[Batch], out: Path, archive: Path) -> 
                 png = encode(np.ascontiguousarray(image.transpose(1, 2, 0)), "png")
                 file = folder / f"{counts[split]:05d}.png"
                 file.write_bytes(png)
-                os.utime(file, ns=(changed, changed))  # a resumed build recognises changed images by it
+                os.utime(file, ns=(changed, changed))  # so that a resumed build sees unchanged images
                 counts[split] += 1
     except OSError as error:
-        raise DataError(f"{archive} could not be unpacked in {out}: {error.strerror}") from None
+        raise DataError(f"cannot unpack {archive} in {out}: {error.strerror}; give another OUT") from None
 
 
 def _read(archive: Path) -> tuple[list[str], list[Batch]]:
-    """Names of the classes, and the batches in the order of their names; DataError says what is wrong."""
+    """Return the class names, and the batches sorted by file name. Raises DataError if the archive is not valid."""
     try:
         names, batches = _parsed(_files(_content(archive)))
     except DataError:
         raise
-    except Exception as error:  # an unpickler of damaged bytes raises whatever their code comes upon
+    except Exception as error:  # unpickling damaged bytes can raise any type
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{archive} is no archive of CIFAR-10, or is damaged ({reason}): fetch it again"
+            f"{archive} is not a CIFAR-10 archive, or is damaged ({reason}): download it again"
         ) from None
     counts = {split: sum(len(b[2]) for b in batches if b[0] == split) for split in ("train", "val")}
     if not all(counts.values()):
         raise DataError(
-            f"{archive} holds {counts['train']} training and {counts['val']} test images: fetch it again"
+            f"{archive} holds {counts['train']} training and {counts['val']} test images: download it again"
         )
     return names, batches
 
 
 def _content(archive: Path) -> bytes:
-    """The tar, read to the end of its gzip stream: the checksum is there, behind the tar's own end mark."""
+    """The bytes of the tar. Reads the gzip stream to its end, because its checksum follows the tar's end mark."""
     try:
         with open_regular(archive) as file, file if archive.suffix == ".tar" else gzip.open(file) as stream:
             content = stream.read(MAX_BYTES + 1)
     except (OSError, zlib.error, EOFError) as error:
-        raise DataError(f"{archive} is damaged, or cut short ({error}): fetch it again") from None
+        raise DataError(f"{archive} is damaged or truncated ({error}): download it again") from None
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES:,} bytes in it")
     return content
 
 
 def _files(content: bytes) -> dict[str, bytes]:
-    """Name without folders -> bytes of the plain files in a tar; a sparse one may claim any size."""
+    """{base name: content} of the regular files in a tar. Skips sparse files, which can claim any size."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
         return {
             Path(member.name).name: stream.read()
@@ -134,7 +134,7 @@ def _parsed(files: dict[str, bytes]) -> tuple[list[str], list[Batch]]:
     for name in names:
         _check_name(name)
     if len(set(names)) < len(names):
-        raise ValueError("two classes of one name")
+        raise ValueError("two classes with the same name")
     batches = []
     for prefix, split in (("data_batch_", "train"), ("test_batch", "val")):
         for file in sorted(name for name in files if name.startswith(prefix)):
@@ -149,7 +149,7 @@ def _parsed(files: dict[str, bytes]) -> tuple[list[str], list[Batch]]:
 
 
 def _check_name(name: Any) -> None:
-    """Names become folders: ValueError unless `name` is the name of a visible one."""
+    """Raise ValueError unless `name` can be the name of a visible folder."""
     if not isinstance(name, str) or not name or name.startswith(".") or "/" in name or not name.isprintable():
         raise ValueError(f"{name!r} cannot be the name of a class")
 
@@ -166,12 +166,12 @@ def _from_pickle(content: bytes) -> tuple[np.ndarray, list[int]]:
     return batch["data"].pixels(), [operator.index(label) for label in batch["labels"]]
 
 
-# --- the python version: a pickle, of which only plain values and the bytes of arrays are taken -------------------
+# --- the python version: a pickle, from which only plain values and the bytes of arrays are read ----------------
 
 
 @dataclass
 class _Array:
-    """Stands for numpy.ndarray: what an unpickler may do to it is to hand over a state, which is checked."""
+    """Replaces numpy.ndarray while unpickling. It stores the pickled state, which `pixels` checks."""
 
     state: Any = None
 
@@ -179,7 +179,7 @@ class _Array:
         self.state = state
 
     def pixels(self) -> np.ndarray:
-        """The array; ValueError unless it is one of rows of bytes, as many as its shape says."""
+        """The array; ValueError unless it has rows of PIXELS bytes and its shape matches its content."""
         _, shape, dtype, fortran, content = self.state
         if not isinstance(dtype, _Type) or not dtype.is_bytes or not isinstance(content, bytes):
             raise ValueError(f"images that are not rows of {PIXELS} bytes")
@@ -190,13 +190,13 @@ class _Array:
 
 
 class _Type:
-    """Stands for numpy.dtype."""
+    """Replaces numpy.dtype while unpickling."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         self.is_bytes = code in ("u1", b"u1")
 
     def __setstate__(self, state: Any) -> None:
-        """The byte order, which bytes do not have."""
+        """Ignore the byte order, which bytes do not have."""
 
 
 def _reconstruct(*_: Any) -> _Array:
@@ -204,14 +204,14 @@ def _reconstruct(*_: Any) -> _Array:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Bytes as Python 3 pickles them for Python 2: `_codecs.encode`, for the one encoding that it uses."""
+    """Replaces `_codecs.encode`, with which Python 3 pickles bytes for Python 2."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"the encoding {encoding} has no place in it")
+        raise pickle.UnpicklingError(f"the encoding {encoding} is not allowed")
     return text.encode("latin1")
 
 
 class _Plain(pickle.Unpickler):
-    """Unpickles plain values; none of NumPy's own classes, whose `__setstate__` trusts what it is given."""
+    """Unpickles plain values only. NumPy's own classes are replaced, because they trust the pickled state."""
 
     ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy", "ndarray"): _Array,
@@ -224,15 +224,15 @@ class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.ALLOWED:
             return self.ALLOWED[module, name]
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
 def _plain(content: bytes) -> dict[str, Any]:
-    """A dictionary with text keys, whether Python 2 wrote it or 3."""
+    """Unpickle a dictionary with text keys, written by Python 2 or 3."""
     for opcode, argument, _ in pickletools.genops(content):
-        # the unpickler makes room for as many entries as the largest index says
+        # the unpickler allocates as many entries as the largest index
         if opcode.name.endswith("PUT") and int(argument or 0) > MAX_MEMO:
-            raise pickle.UnpicklingError(f"the index {argument} has no place in it")
+            raise pickle.UnpicklingError(f"the memo index {argument} is not allowed")
     read = _Plain(io.BytesIO(content), encoding="bytes").load()
 
     def text(value: Any) -> Any:

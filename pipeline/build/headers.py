@@ -1,6 +1,6 @@
-"""What an image file's header says: format, size, and whether it may be decoded at all.
+"""Reads the headers of image files: format, size, and whether the file is safe to decode.
 
-Everything here looks at the file's bytes and spends no memory on pixels.
+Nothing here decodes pixels or allocates memory for them.
 """
 
 from __future__ import annotations
@@ -16,31 +16,35 @@ from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, WebPImagePlugin
 
 from pipeline import MAX_PIXELS
 
-MAX_FILE_BYTES = 1 << 28  # one compressed image; a larger file is no photograph
+MAX_FILE_BYTES = 1 << 28  # of one compressed image
 
-# What is decoded depends on the file alone, never on the speed of a machine: these bounds and MAX_PIXELS keep every
-# image under five seconds (docs/faults.md).
-# Of a JPEG: each scan goes over all pixels. Encoders write up to ten scans, here of 67 megapixels.
+# These limits and MAX_PIXELS keep the decoding time of every image below five seconds (docs/faults.md). They depend
+# only on the file, so the speed of the machine never changes a data set.
+# For JPEG: each scan visits all pixels. Encoders write up to ten scans; this allows ten of 67 megapixels.
 MAX_SCANNED_PIXELS = 5 << 27
-MAX_WEBP_PIXELS = 1 << 26  # the slowest to decode
-# Of a run-length encoded BMP, which Pillow decodes in Python; a skip in it may add 255 rows at once.
+MAX_WEBP_PIXELS = 1 << 26  # WebP is the slowest format to decode
+# For run-length encoded BMPs, which Pillow decodes in Python. One skip in the data can add 255 rows.
 MAX_RLE_BYTES, MAX_RLE_WIDTH = 1 << 23, 1 << 16
-JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # the first bytes
+JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
 GIF, BMP, GZIP = (b"GIF87a", b"GIF89a"), b"BM", b"\x1f\x8b"
-MAX_SCANS, MAX_SEGMENTS = 500, 1 << 16  # of a JPEG of any size; real ones have some dozens (PNGs: chunks)
-# What has a length, or is the end (D9): no byte 0xFF of a scan, no restart in it, no fill byte.
+MAX_SCANS, MAX_SEGMENTS = (
+    500,
+    1 << 16,
+)  # for a JPEG of any size; real files have a few dozen segments (PNG: chunks)
+# A segment with a length, or the end of the image (D9). Excludes stuffed bytes and restarts in scans, and fill
+# bytes.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 
 
 class RejectedError(Exception):
-    """This file cannot become a record; the message is the reason for the manifest."""
+    """A file that cannot become a record. The message is the reason in the manifest."""
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, its offset) of a JPEG's segments, as decoders find them, to the end of the image or of the data."""
+    """Yield (marker, offset) of each segment of a JPEG, up to the end of the image or of the data."""
     position = 2
     for _ in range(MAX_SEGMENTS):
-        match = _MARKER.search(data, position)  # garbage between segments is passed over, as decoders do
+        match = _MARKER.search(data, position)  # skip garbage between segments, as decoders do
         if match is None or (position := match.start()) + 4 > len(data):
             return
         yield data[position + 1], position
@@ -51,7 +55,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, int]:
-    """(width, height, offset of the first scan) from the frame header of a JPEG (ITU-T T.81, annex B)."""
+    """Return (width, height, offset of the first scan) of a JPEG (ITU-T T.81, annex B)."""
     width = height = 0
     for marker, position in _segments(data):
         if marker == 0xD9:
@@ -70,15 +74,15 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int]:
 
 
 def scans(data: bytes) -> int:
-    """How many scans a decoder goes through in a JPEG: thumbnails and what follows the end do not count."""
+    """The number of scans that a decoder reads. Scans of thumbnails and after the end of the image do not count."""
     return sum(marker == 0xDA for marker, _ in _segments(data))
 
 
 def _check_scans(data: bytes, width: int, height: int) -> None:
-    """RejectedError for a JPEG that takes too long to decode: too many scans of so many pixels, or segments."""
+    """Raise RejectedError for a JPEG with too many scans for its size, or with too many segments."""
     allowed = min(MAX_SCANS, MAX_SCANNED_PIXELS // (width * height))
-    # Looking for the marker everywhere is quicker than walking from segment to segment, and finds it at least as
-    # often. A segment has four bytes or more: a short file has not too many of them either.
+    # Counting the marker in all of the data is faster than visiting each segment, and never counts too few. A
+    # segment has at least four bytes, so a short file cannot have too many.
     pairs = (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
     if len(data) <= 4 * MAX_SEGMENTS and sum(np.count_nonzero(pair == 0xDAFF) for pair in pairs) <= allowed:
         return
@@ -86,35 +90,34 @@ def _check_scans(data: bytes, width: int, height: int) -> None:
     if count > allowed:
         raise RejectedError(
             f"{count:,} scans of {width}x{height} pixels, more than the limit of {MAX_SCANS} scans "
-            f"or {MAX_SCANNED_PIXELS:,} pixels in all"
+            f"or {MAX_SCANNED_PIXELS:,} pixels in total"
         )
 
 
 def is_image(start: bytes) -> bool:
-    """Whether a file that begins with these bytes (16 or more) has one of the formats that are read here."""
+    """Whether a file that starts with these bytes (at least 16) has a supported format."""
     return start.startswith((JPEG, PNG, *GIF, BMP)) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
 def unzipped(data: bytes) -> bytes:
-    """The contents of a gzip file, as servers leave them under the names of images; other data as it is."""
+    """Decompress a gzip file, which some servers store under an image's name; return other data unchanged."""
     if not data.startswith(GZIP):
         return data
     try:
         unzip = zlib.decompressobj(31)
         content = unzip.decompress(data, MAX_FILE_BYTES)
     except zlib.error as error:
-        raise RejectedError(f"a damaged gzip file: {error}") from None
+        raise RejectedError(f"damaged gzip file: {error}") from None
     if unzip.unconsumed_tail or not unzip.eof:
-        raise RejectedError(f"a gzip file that is cut short or holds more than {MAX_FILE_BYTES:,} bytes")
+        raise RejectedError(f"gzip file that is truncated or holds more than {MAX_FILE_BYTES:,} bytes")
     return content
 
 
 def dimensions(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels from the header alone, before any memory is spent on the pixels.
+    """Return (width, height) in pixels from the header of a JPEG, PNG, GIF, BMP or WebP, whatever the file name.
 
-    Knows JPEG, PNG, GIF, BMP and WebP by their first bytes, whatever the file is called.
-    RejectedError for anything else, for a header cut short, for a JPEG without an end (decoders fill the
-    missing part with grey), and for a PNG with a chunk longer than the file (OpenCV makes room for what it claims).
+    Raises RejectedError for other formats, for a truncated header, for a JPEG without an end (decoders fill the
+    missing part with grey), and for a PNG chunk that is longer than the file (OpenCV would allocate its length).
     """
     if not data:
         raise RejectedError("empty file")
@@ -126,8 +129,8 @@ def dimensions(data: bytes) -> tuple[int, int]:
     try:
         if data.startswith(JPEG):
             width, height, scan = _jpeg_header(data)
-            # Inside a scan 0xFF is followed by 0x00 or a restart marker: FFD9 is the end of the image, and
-            # what follows is harmless (cameras and servers do append things).
+            # In a scan, 0xFF is followed by 0x00 or a restart marker, so FFD9 is the end of the image. Cameras and
+            # servers append data to it, which is harmless.
             if data.rfind(b"\xff\xd9", scan) < 0:
                 raise RejectedError("truncated JPEG")
             return width, height
@@ -141,10 +144,10 @@ def dimensions(data: bytes) -> tuple[int, int]:
 
 
 def check_size(data: bytes) -> None:
-    """RejectedError for an image without pixels, with too many, or one that takes too long to decode."""
+    """Raise RejectedError for an image that has no pixels, has too many, or would take too long to decode."""
     width, height = dimensions(data)
     if width <= 0 or height <= 0:
-        raise RejectedError("no pixels in it")
+        raise RejectedError("no pixels")
     limit = MAX_WEBP_PIXELS if data.startswith(b"RIFF") else MAX_PIXELS
     if width * height > limit:
         raise RejectedError(f"{width}x{height} pixels, more than the limit of {limit:,}")
@@ -153,9 +156,9 @@ def check_size(data: bytes) -> None:
 
 
 def open_in_pillow(data: bytes) -> ImageFile.ImageFile:
-    """A GIF, BMP or WebP, of which Pillow has read the header and not the pixels.
+    """Open a GIF, BMP or WebP with Pillow, which reads only the header.
 
-    OpenCV decodes some kinds of BMP wrongly, and fills what is transparent in a GIF.
+    OpenCV decodes some kinds of BMP incorrectly and fills transparent pixels of GIFs.
     """
     try:
         if data.startswith(BMP):
@@ -169,16 +172,16 @@ def open_in_pillow(data: bytes) -> ImageFile.ImageFile:
         raise
     except (struct.error, IndexError):
         raise RejectedError("truncated header") from None
-    except Exception as error:  # plugins raise nearly anything for damaged bytes
+    except Exception as error:  # plugins raise many types for damaged files
         raise RejectedError(f"damaged header: {error}") from None
-    # 1 and 2 are run lengths of 8 and 4 bits
+    # compression 1 and 2: run lengths with 8 and 4 bits per pixel
     if image.info.get("compression") in (1, 2) and (len(data) > MAX_RLE_BYTES or image.width > MAX_RLE_WIDTH):
-        raise RejectedError(f"a run-length encoded BMP of {len(data):,} bytes and {image.width:,} columns")
+        raise RejectedError(f"run-length encoded BMP of {len(data):,} bytes and {image.width:,} columns")
     return image
 
 
 def _check_gif_blocks(data: bytes) -> None:
-    """RejectedError unless an image comes within MAX_SEGMENTS blocks (GIF89a, section 19 and later)."""
+    """Raise RejectedError unless the first MAX_SEGMENTS blocks contain an image (GIF89a, section 19 and later)."""
     position = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
     count = 0
     while count < MAX_SEGMENTS:
@@ -196,7 +199,7 @@ def _check_gif_blocks(data: bytes) -> None:
 
 
 def _check_png_chunks(data: bytes) -> None:
-    """RejectedError unless the chunks up to IEND all lie within the data (PNG specification, section 5.3)."""
+    """Raise RejectedError unless all chunks up to IEND are inside the data (PNG specification, section 5.3)."""
     position = len(PNG)
     for _ in range(MAX_SEGMENTS):
         if position + 8 > len(data):

@@ -1,8 +1,8 @@
-"""One raw image file -> size x size RGB -> the bytes of a record.
+"""Turns an image file into a square RGB image, and that into the bytes of a record.
 
-The short side is scaled to `size` and the central square kept, as in section 2 of the AlexNet paper
-(Krizhevsky, Sutskever, Hinton 2012). Only the central square is ever resized: the same pixels for less work.
-EXIF orientation is ignored, as the makers of ImageNet did: the labels were given to the pixels as stored.
+The short side is scaled to `size` and the central square is cut out, as in section 2 of the AlexNet paper
+(Krizhevsky, Sutskever, Hinton 2012). The square is cut out first and then resized, which gives the same pixels for
+less work. EXIF orientation is ignored, as in the making of ImageNet: labels were assigned to the pixels as stored.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from PIL import ImageFile
 import native
 from pipeline.build.headers import BMP, GIF, RejectedError, check_size, open_in_pillow, unzipped
 
-# of native/prepare.cpp: a product is rounded before it is added, as OpenCV does
+# For native/prepare.cpp: round each product before adding it, as OpenCV does.
 FLAGS = ("-ffp-contract=off",)
 _DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
 
 def prepare(data: bytes, size: int = 256) -> np.ndarray:
-    """The bytes of any image file -> (size, size, 3) uint8 RGB, as `prepare_bgr`."""
+    """Same as `prepare_bgr`, but returns RGB."""
     return np.asarray(cv2.cvtColor(prepare_bgr(data, size), cv2.COLOR_BGR2RGB))
 
 
 def prepare_bgr(data: bytes, size: int = 256) -> np.ndarray:
-    """The bytes of any image file -> (size, size, 3) uint8 in OpenCV's order; RejectedError says why it cannot.
+    """Decode an image file, crop and scale it to (size, size, 3) uint8 BGR. Raises RejectedError with the reason.
 
     Grey, palette, CMYK, YCCK and 16-bit images become 8-bit RGB. Alpha is dropped, not blended: a transparent
     pixel keeps the colour that the file stores for it, as with Pillow's convert("RGB").
@@ -41,14 +41,14 @@ def prepare_bgr(data: bytes, size: int = 256) -> np.ndarray:
     try:
         image = _decoded_bgr(data)
     except cv2.error as error:
-        raise RejectedError(f"the decoder refused it: {error.err}") from None
+        raise RejectedError(f"refused by the decoder: {error.err}") from None
     except MemoryError:
         raise RejectedError("not enough memory to decode it") from None
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = image[top : top + side, left : left + side]
-    # Area averaging does not alias when shrinking; it turns into blocks when enlarging, cubic does not.
+    # Area averaging does not alias when shrinking, but gives blocks when enlarging; cubic interpolation does not.
     if side > size:
         return shrink(square, size)
     if side < size:
@@ -57,9 +57,9 @@ def prepare_bgr(data: bytes, size: int = 256) -> np.ndarray:
 
 
 class DecoderWarnings:
-    """libjpeg's warnings, which OpenCV only prints: what goes to the process's standard error from here to `close`.
+    """Collects libjpeg's warnings, which OpenCV prints to standard error, until `close` is called.
 
-    Whatever else is printed there is passed on.
+    Other output to standard error is passed through.
     """
 
     _LIBJPEG = re.compile(
@@ -70,14 +70,14 @@ class DecoderWarnings:
     def __init__(self) -> None:
         try:
             self._kept = os.dup(2)
-        except OSError:  # a process without a standard error: nothing can be learnt
+        except OSError:  # standard error is closed
             self._kept = -1
             return
         self._buffer = os.memfd_create("warnings")
         os.dup2(self._buffer, 2)
 
     def take(self) -> str | None:
-        """The first warning since the last call."""
+        """Return the first warning since the last call, or None."""
         if self._kept < 0 or not (length := os.fstat(self._buffer).st_size):
             return None
         text = os.pread(self._buffer, length, 0)
@@ -90,7 +90,7 @@ class DecoderWarnings:
         return found[0].decode("ascii", "replace").strip() if found else None
 
     def close(self) -> None:
-        """Give the process its standard error back."""
+        """Restore standard error."""
         if self._kept >= 0:
             self.take()
             os.dup2(self._kept, 2)
@@ -100,35 +100,35 @@ class DecoderWarnings:
 
 
 def _decoded_bgr(data: bytes) -> np.ndarray:
-    # OpenCV refuses the smallest WebPs, of a single colour
+    # OpenCV refuses tiny WebP files, such as images of a single colour.
     if data.startswith((*GIF, BMP)) or (data.startswith(b"RIFF") and len(data) < 64):
-        return _by_pillow(open_in_pillow(data))
+        return _decoded_by_pillow(open_in_pillow(data))
     image = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE)
     if image is None:
         raise RejectedError("damaged image data")
     return np.asarray(image)
 
 
-def _by_pillow(image: ImageFile.ImageFile) -> np.ndarray:
+def _decoded_by_pillow(image: ImageFile.ImageFile) -> np.ndarray:
     try:
         return np.asarray(image.convert("RGB"))[:, :, ::-1].copy()
     except MemoryError:
         raise
-    except Exception as error:  # plugins raise nearly anything for damaged bytes
+    except Exception as error:  # plugins raise many types for damaged files
         raise RejectedError(f"damaged image data: {error}") from None
 
 
 def shrink(square: np.ndarray, size: int) -> np.ndarray:
-    """(side, side, 3) uint8 -> (size, size, 3), size < side: cv2.resize with INTER_AREA, its result bit for bit.
+    """Shrink (side, side, 3) uint8 to (size, size, 3), bit-identical to cv2.resize with INTER_AREA.
 
-    Rows of `square` may lie apart, as in part of an image; ValueError for anything else. Where each pixel is made
-    of a whole number of them, it is OpenCV that does it; else native/prepare.cpp, four to five times as fast.
+    The rows of `square` need not be contiguous, so that it can be a crop. If `side` is a multiple of `size`, this
+    calls OpenCV; otherwise native/prepare.cpp, which is four to five times as fast.
     """
     side, stride = len(square), square.strides[0]
     if square.dtype != np.uint8 or square.shape != (side, side, 3) or square.strides != (stride, 3, 1):
-        raise ValueError(f"not a square of pixels: {square.dtype} {square.shape}, strides {square.strides}")
+        raise ValueError(f"not a square RGB image: {square.dtype} {square.shape}, strides {square.strides}")
     if not 0 < size < side:
-        raise ValueError(f"{size} pixels are not fewer than {side}")
+        raise ValueError(f"size {size} is not less than the image's {side}")
     library = kernels() if side % size else None
     if library is None:
         return np.asarray(cv2.resize(square, (size, size), interpolation=cv2.INTER_AREA))
@@ -151,21 +151,21 @@ def _shrink(library: ctypes.CDLL, square: np.ndarray, size: int) -> np.ndarray:
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """native/prepare.cpp; None, with a warning, where it cannot be built or the OpenCV here gives other results."""
-    slower = "images are prepared by OpenCV alone, slower"
+    """Load native/prepare.cpp; None, with a warning, if it cannot be built or differs from the installed OpenCV."""
+    slower = "images are prepared by OpenCV alone, which is slower"
     library = native.library("prepare", slower, *FLAGS)
     if library and not shrinks_as_opencv(library):
-        # it may be built to round once where its source says twice
-        warnings.warn(f"{slower}: it rounds otherwise than native/prepare.cpp", stacklevel=2)
+        # such as an OpenCV compiled with fused multiply-add
+        warnings.warn(f"{slower}: this OpenCV rounds differently from native/prepare.cpp", stacklevel=2)
         return None
     return library
 
 
 def shrinks_as_opencv(library: ctypes.CDLL) -> bool:
-    """Whether the kernel gives what cv2.resize gives, down to how each sum is rounded.
+    """Whether the kernel is bit-identical to cv2.resize, including the rounding of each sum.
 
-    Shares of 36ths, 144ths and 324ths of a level put hundreds of sums on the edge between two levels, where any
-    other rounding shows. Rows of odd lengths have a rest behind the last whole vector.
+    The sizes give sums in steps of 1/36, 1/144 and 1/324, hundreds of which are halfway between two levels, where
+    another rounding shows. Odd row lengths leave a remainder after the last full vector.
     """
     random = np.random.default_rng(0)
     for side, size in ((102, 85), (306, 255), (204, 85), (270, 75), (375, 256)):
@@ -177,12 +177,12 @@ def shrinks_as_opencv(library: ctypes.CDLL) -> bool:
 
 
 def encode(rgb: np.ndarray, encoding: str, quality: int = 90) -> bytes:
-    """(H, W, 3) uint8 RGB -> the bytes of a record, as `encode_bgr`."""
+    """Same as `encode_bgr`, for an RGB image."""
     return encode_bgr(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), encoding, quality)
 
 
 def encode_bgr(bgr: np.ndarray, encoding: str, quality: int = 90) -> bytes:
-    """(H, W, 3) uint8 BGR -> the bytes of a record: a "jpeg" (4:2:0), a "png" or "raw", which is HWC RGB."""
+    """Encode (H, W, 3) uint8 BGR as the bytes of a record: "jpeg" (4:2:0), "png", or "raw" (HWC RGB)."""
     if encoding == "raw":
         return bgr[:, :, ::-1].tobytes()
     # PNG level 1: level 9 takes many times longer for a few percent.

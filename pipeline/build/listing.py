@@ -1,7 +1,7 @@
-"""What a source holds, before anything is labelled: files of a folder, members of tars, rows of parquet files.
+"""Lists the images of a source, before they are labelled: files in folders, members of tars, rows of parquet files.
 
-Tars are read in place: an index of byte ranges is made once, then any process reads any image with `pread`.
-Nothing is ever written under a name found in a tar.
+Tars are not unpacked: they are indexed once, and then any process reads any image as a byte range. A name from a
+tar is never used to write a file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pipeline.build.headers import MAX_FILE_BYTES, is_image
 from pipeline.build.parquet import ParquetReader
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp")
-# What systems put into folders by themselves; hidden files are left out as well.
+# Files and folders that operating systems create; hidden files are left out as well.
 LITTER = ("@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin")
-MAX_HEADER_BYTES = 1 << 20  # of a tar member: names and the like, for which a header may claim any length
+MAX_HEADER_BYTES = 1 << 20  # of a tar member's header (a long name, for example), which can claim any length
 MAX_LABEL_BYTES = 256  # of a .cls file in a WebDataset tar
-TRIED_FOR_IMAGES = 20  # files without an image's suffix whose first bytes are looked at, per folder
-# What tarfile may raise for hostile bytes.
+TRIED_FOR_IMAGES = 20  # files per folder without an image suffix whose first bytes are checked
+# What tarfile can raise for damaged or hostile files.
 TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError)
 
 Tick = Callable[[int], object]  # called with the number of images found so far
@@ -34,8 +34,8 @@ Tick = Callable[[int], object]  # called with the number of images found so far
 class RawImage(NamedTuple):
     """One image: `name` is relative to the source.
 
-    `offset` and `length` are a byte range in a tar, or the row in a row group and the row group of a parquet file.
-    `file` is that tar or parquet file, where the source is a folder of them.
+    In a tar, `offset` and `length` are the image's byte range. In a parquet file they are the row within the row
+    group and the number of the row group. `file` names the tar or parquet file if the source is a folder of them.
     """
 
     name: str
@@ -46,7 +46,7 @@ class RawImage(NamedTuple):
 
 
 class RawReader:
-    """Reads the bytes of a source's images; one per process."""
+    """Reads the image files of a source. Each process needs its own."""
 
     def __init__(self, path: str | Path) -> None:
         """`path` is `Source.path`."""
@@ -55,12 +55,12 @@ class RawReader:
         self._rows = ParquetReader(Path(path))
 
     def read(self, image: RawImage) -> bytes:
-        """The whole file; OSError where it cannot be read, ValueError where it is too large or cut short."""
+        """Return the whole file; OSError if it cannot be read, ValueError if it is too large or truncated."""
         if image.file.endswith(".parquet"):
             return self._rows.read(image.file, image.length, image.offset)
         if self._tar is not None:
             return self._read_at(self._tar, image.offset, image.length)
-        # Without O_NONBLOCK a FIFO would wait for ever for somebody to write into it.
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer forever.
         where = os.path.join(self._path, image.file or image.name)  # noqa: PTH118 - much faster
         descriptor = os.open(where, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -83,7 +83,7 @@ class RawReader:
         return data
 
     def close(self) -> None:
-        """Release the tar."""
+        """Close the open files."""
         self._rows.close()
         if self._tar is not None:
             os.close(self._tar)
@@ -92,24 +92,26 @@ class RawReader:
 
 @dataclass
 class Listing:
-    """What a source holds, before anything is labelled (label -1)."""
+    """The files of a source, not yet labelled (label -1)."""
 
     tick: Tick = lambda found: None
     files: list[RawImage] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)  # the first components of names, also of empty folders
     rejected: list[tuple[str, str]] = field(default_factory=list)
-    given: dict[str, str] = field(default_factory=dict)  # name -> class, where archives say it themselves
-    class_names: list[str] = field(default_factory=list)  # of the numbers in `given`, where they are known
+    given: dict[str, str] = field(
+        default_factory=dict
+    )  # name -> class, for archives that contain the classes
+    class_names: list[str] = field(default_factory=list)  # name of each number in `given`, if known
 
     def all_names(self) -> list[str]:
-        """Sorted, with the rejected ones: those still have their place in a list of labels."""
+        """Sorted names of all files, including rejected ones, which a list of labels can contain as well."""
         return sorted([file.name for file in self.files] + [name for name, _ in self.rejected])
 
     def walk(self, root: Path, ignore: Iterable[Path] = ()) -> None:
-        """Every file below `root`, but for hidden ones, LITTER and what is in `ignore` (labels, devkit, OUT).
+        """List every file below `root` except hidden files, LITTER, and `ignore` (labels, devkit, OUT).
 
-        Links to files are followed, as are links in the place of class folders; links to folders further down
-        are not: they may lead round in circles.
+        Links to files and links to class folders are followed. Deeper links to folders are not: they could form a
+        cycle.
         """
         ignored = _relative(root, ignore)
         pending = [(os.fspath(root), "")]
@@ -125,17 +127,17 @@ class Listing:
                         if not prefix:
                             self.folders.add(name)
                     elif entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists()):
-                        self.add(RawImage(name, -1))  # a broken link is reported when it is read
+                        self.add(RawImage(name, -1))  # reading a broken link fails later, with its reason
                     elif entry.is_symlink() and entry.is_dir():
                         self.rejected.append((name, "a link to a folder below a class folder"))
                     else:
                         self.rejected.append((name, "not a regular file"))
-        # a folder that holds nothing but OUT is there in some builds and not in others
+        # A folder that holds only OUT may or may not exist yet: never count it as a class.
         used = {file.name.partition("/")[0] for file in self.files}
         self.folders -= {name.partition("/")[0] for name in ignored if "/" in name} - used
 
     def index_tar(self, path: Path) -> None:
-        """Byte ranges of all images in a tar of images or in a tar of one tar per class."""
+        """List the images of a tar, or of a tar that holds one tar per class, with their byte ranges."""
         with _Window(path, 0, path.stat().st_size) as outer:
             for name, offset, length in self._members(outer, ""):
                 if name.endswith(".tar"):
@@ -149,7 +151,7 @@ class Listing:
                     self.add(RawImage(name, -1, offset, length))
 
     def index_webdataset(self, root: Path, names: list[str]) -> None:
-        """Byte ranges of the images in tars of `key.jpg` and `key.cls`; the class is in the latter."""
+        """List the images of tars that hold pairs `key.jpg` and `key.cls`; the latter contains the class."""
         for tar in names:
             images: dict[str, RawImage] = {}
             classes: dict[str, str] = {}
@@ -160,13 +162,13 @@ class Listing:
                     key = f"{folder}/{key}"
                     if kind.lower() == "cls":
                         if length > MAX_LABEL_BYTES:
-                            self.rejected.append((f"{tar}/{name}", f"a class of {length:,} bytes"))
+                            self.rejected.append((f"{tar}/{name}", f"a class label of {length:,} bytes"))
                             continue
                         window.seek(offset)
                         classes[key] = window.read(length).decode("utf-8", "surrogateescape").strip()
                     elif looks_like_image(base):
                         if key in images:
-                            self.rejected.append((f"{tar}/{name}", "a second image with one key"))
+                            self.rejected.append((f"{tar}/{name}", "a second image with the same key"))
                             continue
                         images[key] = RawImage(f"{tar}/{name}", -1, offset, length, tar)
             for key, image in images.items():
@@ -177,12 +179,12 @@ class Listing:
                 self.add(image)
 
     def leave_out(self, keep: Callable[[RawImage], bool], reason: str) -> None:
-        """Reject the files that `keep` is false for."""
+        """Reject the files for which `keep` is false."""
         self.rejected += [(file.name, reason) for file in self.files if not keep(file)]
         self.files = [file for file in self.files if keep(file)]
 
     def leave_out_folders_without_images(self, root: Path) -> list[str]:
-        """Reject, each as a whole, the top folders in which no file looks like an image; returns their names."""
+        """Reject the top folders in which no file looks like an image, one entry per folder; return their names."""
         of_folder: dict[str, list[str]] = {folder: [] for folder in self.folders}
         fine = set()
         for file in self.files:
@@ -205,21 +207,21 @@ class Listing:
         return empty
 
     def add(self, image: RawImage) -> None:
-        """List an image."""
+        """Add an image to the list."""
         self.files.append(image)
         self.tick(len(self.files))
 
     def _members(self, window: _Window, prefix: str) -> Iterator[tuple[str, int, int]]:
-        """(prefix + name, offset in the file, length) of the tar's regular files; others are rejected.
+        """Yield (prefix + name, offset in the file, length) of the tar's regular files; reject the others.
 
-        An outer tar cut short is a DataError: fetch it again. An inner one loses its last images, with a
-        reason in `rejected`.
+        A truncated outer tar raises DataError. A truncated inner tar loses its last images and is added to
+        `rejected`.
         """
         seen: set[str] = set()
         try:
             with tarfile.open(fileobj=window, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # or the headers of a million images stay in memory
+                    tar.members.clear()  # type: ignore[attr-defined]  # else a million headers stay in memory
                     name = prefix + member.name.removeprefix("./")
                     if member.isdir() or is_litter(name.rpartition("/")[2]):
                         continue
@@ -230,25 +232,25 @@ class Listing:
                         raise tarfile.ReadError(f"it ends inside {member.name}")
                     seen.add(name)
                     yield name, window.start + member.offset_data, member.size
-                # tarfile takes a damaged header for the end: only a block of zeros is one.
+                # tarfile stops silently at a damaged header; only a block of zeros is a real end.
                 window.seek(tar.offset)
                 if window.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("it has no end mark")
         except TAR_ERRORS as error:
             if prefix:
                 self.rejected.append(
-                    (prefix[:-1] + ".tar", f"damaged or cut short, the rest is lost: {error}")
+                    (prefix[:-1] + ".tar", f"damaged or truncated, the rest is lost: {error}")
                 )
             elif not seen:
                 raise DataError(f"{window.path} is neither a folder nor an uncompressed tar") from None
             else:
                 raise DataError(
-                    f"{window.path} is damaged or cut short ({error}): fetch it again and compare its MD5"
+                    f"{window.path} is damaged or truncated ({error}): download it again and compare its MD5"
                 ) from None
 
 
 class _Window(io.RawIOBase):
-    """Part of a file as a file of its own: an inner tar inside the outer one."""
+    """A byte range of a file as a file object, such as an inner tar inside the outer one."""
 
     def __init__(self, path: Path, start: int, length: int) -> None:
         super().__init__()
@@ -291,7 +293,7 @@ class _Window(io.RawIOBase):
 
 
 def _why_not(member: tarfile.TarInfo, name: str, seen: set[str]) -> str | None:
-    """Why a tar member is no image to try, None when it is."""
+    """Why a tar member is rejected, or None."""
     if member.issym() or member.islnk():
         return "a link in a tar"
     if member.issparse():
@@ -299,19 +301,19 @@ def _why_not(member: tarfile.TarInfo, name: str, seen: set[str]) -> str | None:
     if not member.isreg():
         return "not a regular file"
     if member.name.startswith("/") or ".." in member.name.split("/"):
-        return "its name leads outside the tar"
+        return "its name points outside the tar"
     if name in seen:
         return "its name occurs twice in the tar"
     return None
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that systems make by themselves."""
+    """Whether a file or folder is hidden, or one that operating systems create."""
     return name.startswith(".") or name.lower() in LITTER
 
 
 def looks_like_image(name: str) -> bool:
-    """By the name alone."""
+    """Whether the name has the suffix of an image format."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
@@ -329,7 +331,7 @@ def _starts_like_image(path: Path) -> bool:
 
 
 def _relative(root: Path, paths: Iterable[Path]) -> set[str]:
-    """The names of `paths` relative to `root`, of those that lie below it."""
+    """Those of `paths` that are inside `root`, relative to it."""
     found = set()
     for path in paths:
         for base, target in ((root.absolute(), path.absolute()), (root.resolve(), path.resolve())):
@@ -339,17 +341,17 @@ def _relative(root: Path, paths: Iterable[Path]) -> set[str]:
 
 
 def is_tar_of_tars(path: Path) -> bool:
-    """True for a tar whose first regular file is a tar: the official training set."""
+    """Whether a tar is like the official training set: its first file is a tar, or is in a folder."""
     return any(name.endswith(".tar") or "/" in name for name in _first_members(path, 1))
 
 
 def is_webdataset(path: Path) -> bool:
-    """True for a tar that holds a `.cls` file early on."""
+    """Whether one of the first files in a tar is a `.cls` file."""
     return any(name.endswith(".cls") for name in _first_members(path, 10))
 
 
 def _first_members(path: Path, count: int) -> list[str]:
-    """Names of the first regular files of a tar; none where it is no tar."""
+    """Names of the first regular files of a tar; empty if the file is not a tar."""
     names: list[str] = []
     try:
         with _Window(path, 0, path.stat().st_size) as window, tarfile.open(fileobj=window, mode="r:") as tar:

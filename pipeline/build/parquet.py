@@ -1,6 +1,6 @@
-"""Images in parquet files, as Hugging Face keeps them: read row group by row group, never unpacked.
+"""Reads images from parquet files, as on Hugging Face: one row group at a time, without unpacking.
 
-pyarrow is an extra (`pip install -e '.[parquet]'`) and imported where it is used.
+pyarrow is an extra (`pip install -e '.[parquet]'`), so it is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def _open(path: Path) -> Any:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"cannot read {path} ({reason}): fetch it again") from None
+        raise DataError(f"cannot read {path} ({reason}): download it again") from None
 
 
 def _columns(file: Any, path: Path) -> tuple[str, str, list[str]]:
-    """(image column, label column, names of the classes or none), from the metadata, else by their usual names."""
+    """Return (image column, label column, class names or []), from the metadata or from the usual column names."""
     schema = file.schema_arrow
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -45,7 +45,9 @@ def _columns(file: Any, path: Path) -> tuple[str, str, list[str]]:
     labels = [n for n in schema.names if kinds.get(n) == "ClassLabel"]
     labels = [n for n in _LABEL_COLUMNS if n in labels or (not labels and n in schema.names)] or labels
     if not images or not labels:
-        raise DataError(f"{path} has the columns {', '.join(schema.names)}: an image and a label are needed")
+        raise DataError(
+            f"{path} has the columns {', '.join(schema.names)}: give files with an image and a label column"
+        )
     names = features.get(labels[0], {}).get("names") if kinds else None
     return images[0], labels[0], [str(name) for name in names] if isinstance(names, list) else []
 
@@ -63,9 +65,9 @@ def index(listing: Listing, root: Path, names: list[str]) -> None:
             for group in range(file.num_row_groups):
                 try:
                     table = file.read_row_group(group, columns=wanted).to_pydict()
-                except Exception as error:  # pyarrow raises its own errors and OSError for damaged bytes
+                except Exception as error:  # pyarrow raises many types for a damaged file
                     reason = " ".join(str(error).split())
-                    raise DataError(f"{root / name} is damaged ({reason}): fetch it again") from None
+                    raise DataError(f"{root / name} is damaged ({reason}): download it again") from None
                 images = table.get(image) or [None] * len(table[label])
                 for offset, (entry, value) in enumerate(zip(images, table[label], strict=True)):
                     path = entry.get("path") if isinstance(entry, dict) else None
@@ -80,7 +82,7 @@ def index(listing: Listing, root: Path, names: list[str]) -> None:
 
 
 class ParquetReader:
-    """Reads images row by row; quick where rows are asked for in their order."""
+    """Reads images row by row; fast if the rows are read in order."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -88,7 +90,7 @@ class ParquetReader:
         self._group, self._batches, self._start, self._rows = -1, iter(()), 0, []  # type: int, Any, int, list[Any]
 
     def read(self, name: str, group: int, row: int) -> bytes:
-        """The image in a row of a row group; ValueError where there is none, OSError where it cannot be read."""
+        """Return the image in a row of a row group; ValueError if there is none, OSError if it cannot be read."""
         if name != self._name:
             self.close()
             try:
@@ -105,17 +107,17 @@ class ParquetReader:
                 self._rows = next(self._batches).column(0).to_pylist()
         except StopIteration:
             raise ValueError("the row is missing") from None
-        except Exception as error:  # pyarrow raises its own errors and OSError for damaged bytes
+        except Exception as error:  # pyarrow raises many types for a damaged file
             self._group = -1
             raise ValueError(f"damaged parquet file: {' '.join(str(error).split())}") from None
         value = self._rows[row - self._start]
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
-            raise ValueError("the row holds no bytes of an image")
+            raise ValueError("the row holds no image bytes")
         return content
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
         self._name, self._file, self._group = "", None, -1

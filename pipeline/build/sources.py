@@ -1,6 +1,7 @@
-"""Where raw images come from: folders, the official tars and their copies from Kaggle and Hugging Face.
+"""Sources of raw images: folders, the official tars, and the forms that Kaggle and Hugging Face distribute.
 
-docs/data.md lists what is read. `find_splits` says which splits a SOURCE holds, `open_source` lists and labels one.
+`find_splits` finds the splits in a SOURCE; `open_source` lists and labels the images of one split. docs/data.md has
+all supported forms.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from pipeline.build.listing import (
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 NAME_FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
-KAGGLE = Path("ILSVRC/Data/CLS-LOC")  # below the root of Kaggle's download
+KAGGLE = Path("ILSVRC/Data/CLS-LOC")  # relative to the root of Kaggle's download
 KAGGLE_LABELS, TINY_LABELS = "LOC_val_solution.csv", "val_annotations.txt"
-# two of them in one folder are splits, whatever else a class may be called
+# A folder that holds two or more of these holds splits, not classes.
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 _SPLIT_IN_NAME = re.compile(r"(?:^|[-_.])(train|val|test)(?:ing|id|idation)?(?=[-_.]|$)")
 
@@ -43,27 +44,25 @@ class Source:
     split: str
     images: list[RawImage]
     wnids: list[str]  # sorted; the label is the position
-    names: dict[str, str]  # wnid -> readable name, where known
-    rejected: list[tuple[str, str]]  # (name, reason) of what cannot even be tried
-    notes: list[str] = field(
-        default_factory=list
-    )  # for the user: files that were used, folders that were not
+    names: dict[str, str]  # wnid -> readable name, for the classes that have one
+    rejected: list[tuple[str, str]]  # (name, reason) of files that are rejected before decoding
+    notes: list[str] = field(default_factory=list)  # messages: which files were used, what was left out
 
 
 # --- which splits a SOURCE holds ---------------------------------------------------------------------------
 
 
 def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
-    """{split: directory or archive} for what the user named, train first; DataError when there is nothing.
+    """Return {split: directory or archive}, train first. Raises DataError if `source` cannot be read.
 
-    A directory may hold the official tars, or train/ and val/, or parquet files or WebDataset tars of both, or be a
-    class folder or flat folder itself (then it is "train" unless `split` says otherwise).
+    A directory can hold the official tars, train/ and val/, or parquet files or WebDataset tars of both splits. Any
+    other directory is one split itself: "train", or `split` if that is given.
     """
     if not source.exists():
-        raise DataError(f"{source} does not exist: name a folder of class folders or an ILSVRC2012 tar")
+        raise DataError(f"{source} does not exist: give a folder of class folders or an ILSVRC2012 tar")
     if not source.is_dir():
         if not source.is_file():
-            raise DataError(f"{source} is not a regular file: name a folder of class folders or an archive")
+            raise DataError(f"{source} is not a regular file: give a folder of class folders or an archive")
         return {split or _split_of_archive(source): source}
     for steps in range(len(KAGGLE.parts)):
         if (inner := source.joinpath(*KAGGLE.parts[steps:])).is_dir():
@@ -89,7 +88,7 @@ def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
         return found
     if split not in found:
         raise DataError(
-            f"{source} has no {split} split, only {', '.join(found)}: name its folder or tar itself"
+            f"{source} has no {split} split, only {', '.join(found)}: give the split's own folder or tar"
         )
     return {split: found[split]}
 
@@ -101,13 +100,16 @@ def _split_of_archive(path: Path) -> str:
 
 
 def _split_in(name: str) -> str | None:
-    """train, val, test or None: what an archive's name says."""
+    """The split in an archive's name: train, val, test, or None if it has none."""
     match = _SPLIT_IN_NAME.search(Path(name).stem.lower())
     return match[1] if match else None
 
 
 def _archives(folder: Path, split: str | None = None) -> list[str]:
-    """Names of the parquet files, else of the WebDataset tars in a folder; of one split where names say it."""
+    """Names of the parquet files in a folder, or else of its WebDataset tars.
+
+    If the names contain splits, only the archives of `split` are returned.
+    """
     if not folder.is_dir():
         return []
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and not is_litter(path.name))
@@ -121,7 +123,7 @@ def _archives(folder: Path, split: str | None = None) -> list[str]:
 
 
 def _is_class(folder: Path) -> bool:
-    """Whether a folder called train or val is one of several class folders: it holds images, and so do others."""
+    """Whether a folder called train or val is a class: it and other folders beside it hold images directly."""
 
     def is_flat(path: Path) -> bool:
         return not _folders(path) and any(looks_like_image(file.name) for file in path.iterdir())
@@ -131,21 +133,22 @@ def _is_class(folder: Path) -> bool:
 
 
 def refuse_splits_as_classes(source: Path, splits: dict[str, Path]) -> None:
-    """DataError where what `find_splits` takes for class folders are splits by other names."""
+    """Raise DataError if the folders that `find_splits` takes for classes are splits with other names."""
     if list(splits.values()) != [source] or not source.is_dir():
         return
     called = [name for name in _folders(source) if name.lower() in SPLIT_NAMES]
     if len(called) > 1:
         raise DataError(
-            f"{source} holds {' and '.join(called)}, which are hardly classes: call them train and val, or build "
-            f"them one by one, as {source / called[0]} with --split train; if they are classes, say --split as well"
+            f"{source} holds {' and '.join(called)}, which look like splits, not classes: rename them to train and "
+            f"val, or build them one by one, for example {source / called[0]} with --split train; if they are "
+            "classes, give --split"
         )
 
 
 def not_read(source: Path, splits: dict[str, Path], known: Sequence[Path]) -> tuple[Path, list[str]]:
-    """(folder, names of folders beside the train/ and val/ in it, which may have been meant).
+    """Return (folder, names of the folders beside train/ and val/ in it that are not read).
 
-    Not the devkit, nor those on the way to `known` paths.
+    The devkit and folders that contain one of the `known` paths are not listed.
     """
     folder = next(iter(splits.values())).parent
     read = {path.name for name, path in splits.items() if path.parent == folder and path.name == name}
@@ -157,7 +160,7 @@ def not_read(source: Path, splits: dict[str, Path], known: Sequence[Path]) -> tu
 
 
 def _folders(path: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones."""
+    """Sorted names of the folders in a folder, without hidden ones."""
     try:
         return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not is_litter(entry.name))
     except OSError as error:
@@ -180,11 +183,17 @@ def open_source(
 ) -> Source:
     """List and label the images of one split.
 
-    path: a folder or tar as `find_splits` gives it; labels: a file of `filename label` lines, the label being
-    a wnid or a number; devkit: ILSVRC2012_devkit_t12, the tar.gz or the folder; names: a file of `wnid name`
-    lines; train_wnids: the classes of the training set that validation labels have to follow; exclude: what is
-    not a part of the source though it lies in it.
-    Labels, devkit and names are also looked for beside the images. DataError, one line, for whatever does not fit.
+    Args:
+        path: a folder or archive that `find_splits` returned.
+        labels: a file of lines `filename label`; a label is a wnid or a number.
+        devkit: ILSVRC2012_devkit_t12, either the tar.gz or the folder.
+        names: a file of lines `wnid name`.
+        train_wnids: the classes of the training set, which define the labels of validation images.
+        exclude: paths inside the source that do not belong to it.
+        tick: called with the number of images found so far.
+
+    Devkit, names and Kaggle's labels are also looked for beside the images. Raises DataError with a one-line
+    message if the images cannot be listed and labelled.
     """
     try:
         return _open_source(path, split, labels, devkit, names, train_wnids, exclude, tick)
@@ -231,31 +240,34 @@ def _open_source(
     listing.files.sort()
 
     if labels:
-        wnids, label_of = labelling.from_file(labels, listing, path, train_wnids, known)
+        wnids, numbers = labelling.from_file(labels, listing, path, train_wnids, known)
     elif archives:
-        (wnids, label_of), own_names = labelling.from_given(listing, path, train_wnids, known)
+        (wnids, numbers), own_names = labelling.from_given(listing, path, train_wnids, known)
         known_names = {**own_names, **known_names}
-    elif beside and (beside.name == TINY_LABELS or not _class_folders(listing)):
+    elif beside and (beside.name == TINY_LABELS or not listing.folders):
         notes.append(f"labels: {beside}")
-        wnids, label_of = labelling.from_file(beside, listing, path, train_wnids, known, complete=False)
-    elif _class_folders(listing):
+        wnids, numbers = labelling.from_file(beside, listing, path, train_wnids, known, notes)
+    elif listing.folders:  # images in folders: those are the classes
         _prepare_class_folders(listing, path, split, notes)
-        wnids, label_of = labelling.from_folders(listing, path, train_wnids, known)
+        wnids, numbers = labelling.from_folders(listing, path, train_wnids, known)
     elif class_of := labelling.from_names(listing):
         listing.leave_out(lambda file: file.name in class_of, "no class in its name")
-        wnids, label_of = labelling.of_classes(class_of, path, train_wnids)
+        classes = [class_of[file.name] for file in listing.files]
+        wnids, numbers = labelling.of_classes(classes, path, train_wnids)
     elif kit and listing.files:
-        wnids, label_of = labelling.from_devkit(kit, listing, path, train_wnids, notes)
+        wnids, numbers = labelling.from_devkit(kit, listing, path, train_wnids, notes)
     elif listing.files:
         raise DataError(
             f"{path} has no class folders: give the labels with --labels FILE or --devkit {DEVKIT}.tar.gz"
         )
     else:
-        raise DataError(f"{path} holds no images: it should hold one folder per class with images in it")
+        raise DataError(f"{path} holds no images: give a folder that has one folder of images per class")
     if not listing.files:
-        why = f" that can be tried: {listing.rejected[0][1]}" if listing.rejected else ""
-        raise DataError(f"{path} holds no images{why}; name a folder of class folders")
-    images = [file._replace(label=label_of[file.name]) for file in listing.files]
+        why = f" that can be used ({listing.rejected[0][1]})" if listing.rejected else ""
+        raise DataError(f"{path} holds no images{why}: give a folder of class folders")
+    images = listing.files
+    for index, number in enumerate(numbers):  # in place: a second list would double the memory
+        images[index] = images[index]._replace(label=number)
     return Source(root, split, images, wnids, known_names, sorted(listing.rejected), notes)
 
 
@@ -263,29 +275,24 @@ def _first_existing(folders: Sequence[Path], names: Sequence[str]) -> Path | Non
     return next((folder / name for folder in folders for name in names if (folder / name).exists()), None)
 
 
-def _class_folders(listing: Listing) -> bool:
-    """Whether images lie in folders: then those are the classes, and what lies beside them is not an image."""
-    return bool(listing.folders)
-
-
 def _prepare_class_folders(listing: Listing, path: Path, split: str, notes: list[str]) -> None:
-    """Leave out what is no class, and refuse a folder that is not the one of the class folders."""
+    """Leave out what is not in a class, and raise DataError if `path` does not hold the class folders itself."""
     if path.is_dir():
         if empty := listing.leave_out_folders_without_images(path):
             some = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-            notes.append(f"left out, for they hold no images: {some} in {path}")
+            notes.append(f"folders without images in {path} are left out: {some}")
         if not listing.folders:
-            raise DataError(f"{path} holds no images: it should hold one folder per class with images in it")
+            raise DataError(f"{path} holds no images: give a folder that has one folder of images per class")
     listing.leave_out(lambda file: "/" in file.name, "not in a class")
     _refuse_wrong_level(listing, path)
     used = {file.name.partition("/")[0] for file in listing.files}
-    if split == "train" and (missing := sorted(listing.folders - used)):  # damaged tars of classes
+    if split == "train" and (missing := sorted(listing.folders - used)):  # such as a damaged tar of a class
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise DataError(f"class {missing[0]}{more} of {path} has no images: add some or remove its folder")
 
 
 def _refuse_wrong_level(listing: Listing, path: Path) -> None:
-    """DataError where the class folders lie further down, as below train/ and val/."""
+    """Raise DataError if the class folders are deeper in the tree, such as in train/ and val/."""
     below: dict[str, set[str]] = defaultdict(set)  # folder -> the folders in it; "" is the source
     flat = set()  # folders with files of their own
     for file in listing.files:
@@ -308,10 +315,10 @@ def _refuse_wrong_level(listing: Listing, path: Path) -> None:
     inner = ", ".join(sorted(below[found])[:3]) + (", ..." if len(below[found]) > 3 else "")
     if path.is_dir():
         raise DataError(
-            f"{path} has its classes further down: name {path / found} instead, which holds {inner}"
+            f"{path} does not hold the class folders itself: give {path / found} instead, which holds {inner}"
         )
     raise DataError(
-        f"{path} holds {inner} in {found or 'it'}: unpack it, then name the folder with the classes"
+        f"{path} holds {inner} in {found or 'its top folder'}: unpack it, then give the folder of the classes"
     )
 
 
@@ -319,9 +326,9 @@ def _refuse_wrong_level(listing: Listing, path: Path) -> None:
 
 
 def split_source(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
-    """(train, val): of each class so large a part of the images for validation, at least one and never all.
+    """Split a source into (train, val): `fraction` of each class is for validation, at least one image, never all.
 
-    A hash of the seed and the name decides: the same images for the same seed, whatever else is added.
+    A hash of the seed and the file name chooses the images, so the choice is stable when other images are added.
     """
     of_label: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
     for index, image in enumerate(source.images):
@@ -331,7 +338,7 @@ def split_source(source: Source, fraction: float, seed: int) -> tuple[Source, So
     for label, images in of_label.items():
         if len(images) < 2:
             raise DataError(
-                f"class {source.wnids[label]} of {source.path} has one image: --val-fraction needs two a class"
+                f"class {source.wnids[label]} of {source.path} has one image: --val-fraction needs two per class"
             )
         count = min(max(1, round(fraction * len(images))), len(images) - 1)
         chosen.update(index for _, index in sorted(images)[:count])
@@ -344,7 +351,7 @@ def split_source(source: Source, fraction: float, seed: int) -> tuple[Source, So
 
 
 def missing_classes(source: Source, rejected: Iterable[str] = ()) -> list[str]:
-    """Classes without an image in this split, apart from the images called `rejected`."""
+    """Classes that have no image in this split, not counting the images named in `rejected`."""
     gone = set(rejected)
     used = {image.label for image in source.images if image.name not in gone}
     return [wnid for label, wnid in enumerate(source.wnids) if label not in used]

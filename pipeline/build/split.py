@@ -1,8 +1,7 @@
 """Builds one split: raw images -> shards, statistics and manifest; atomic, resumable, any number of workers.
 
-Everything happens in OUT/<split>.partial. A finished shard there has its note in work/, written last and by a
-rename: a build killed at any moment resumes without redoing those. The complete directory becomes OUT/<split> by
-one rename.
+The build works in OUT/<split>.partial. The last step of each shard is an atomic write of a note in work/, so a
+killed build resumes without redoing finished shards. One rename turns the complete directory into OUT/<split>.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,12 @@ from pipeline.build.images import DecoderWarnings, encode_bgr, kernels, prepare_
 from pipeline.build.listing import RawImage, RawReader
 from pipeline.build.sources import Source, missing_classes
 from pipeline.build.statistics import Statistics
-from pipeline.build.workers import SECONDS_AN_ITEM, Crashed, Report, WorkerPool
+from pipeline.build.workers import MAX_SECONDS_PER_ITEM, Crashed, Report, WorkerPool
 from pipeline.build.workspace import (
     claim,
     disk_error,
     final_of,
-    lock_folder,
+    lock_shard,
     partial_of,
     refuse_foreign,
     remove_replaced,
@@ -57,51 +56,50 @@ from pipeline.shards import (
     shard_name,
 )
 
-# At most so many images a shard: about 120 MB, a quarter of a minute of work to lose. Small sets are cut into
-# MIN_SHARDS all the same, to keep the workers busy, but not into shards of fewer than MIN_IMAGES.
+# A full shard has about 120 MB and takes a quarter of a minute, which is what a kill can lose. Small data sets
+# still get MIN_SHARDS shards, to keep the workers busy, unless that makes shards of fewer than MIN_IMAGES.
 MAX_IMAGES_PER_SHARD, MIN_SHARDS, MIN_IMAGES = 5000, 16, 128
-MAX_CRASHES = 5  # of one shard without one file to blame
+MAX_CRASHES = 5  # of one shard that no single file explains
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes of a data set, apart from the source."""
+    """Everything besides the source that determines the bytes of a data set."""
 
     size: int = 256
     encoding: str = "jpeg"
     quality: int | None = 90
-    images_per_shard: int | None = None  # None: chosen from the number of images
+    images_per_shard: int | None = None  # None: depends on the number of images
     seed: int = 0
-    strict: bool = False  # reject what the decoder warns about
+    strict: bool = False  # reject images that decode with warnings
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a build did; `accepted` + `rejected` is every image of the source."""
+    """The result of a build. `accepted` and `rejected` together are all images of the source."""
 
     split_dir: Path
     classes: int
     accepted: int
     rejected: list[dict[str, str]]
-    warned: list[dict[str, str]]  # accepted, though the decoder found damage
-    empty_classes: list[str]  # no image of theirs was accepted
-    resumed: int  # images in shards that an earlier, interrupted run had finished
+    warned: list[dict[str, str]]  # accepted images that the decoder reported as damaged
+    empty_classes: list[str]  # classes without an accepted image
+    resumed: int  # images in shards that an earlier, interrupted build finished
     seconds: float
 
 
 @dataclass(frozen=True)
 class _ShardJob:
-    """All that a worker has to know to write one shard."""
+    """Everything that a worker needs to write one shard."""
 
     number: int
     partial: Path
-    token: str  # of the build, in the names of all that the job writes
+    token: str  # of the build; part of the names of the files that the job writes
     source: Path
     images: list[RawImage]
     options: Options
-    crashers: Mapping[int, str] = field(
-        default_factory=dict
-    )  # positions in `images` not to be touched again: why
+    # {position in `images`: reason} of files that killed workers and are rejected
+    crashers: Mapping[int, str] = field(default_factory=dict)
 
 
 def build_split(
@@ -115,10 +113,10 @@ def build_split(
     progress: Callable[[int, int], None] = lambda done, total: None,
     make_pool: Callable[..., Any] | None = None,
 ) -> Summary:
-    """Build OUT/<split> from `source`, on `workers` processes, or on what make_pool(function, workers) gives.
+    """Build OUT/<split> from `source` with `workers` processes, or with the pool make_pool(function, workers).
 
-    progress(images done, images in all) is called about ten times a second. DataError for everything that the
-    user can put right, a full disk included; after it, or a kill, `resume` continues.
+    progress(images done, images in total) is called about ten times a second. Raises UserError for everything that
+    the user can fix, such as a full disk. `resume` continues after an error or a kill.
     """
     started = time.monotonic()
     final = final_of(out, source.split)
@@ -130,22 +128,23 @@ def build_split(
         if resume and not partial.exists() and (final / MANIFEST).exists():
             manifest = Manifest.load(final)
             if manifest.fingerprint == fingerprint:
-                remove_replaced(final)  # if it was killed before that
+                remove_replaced(final)  # a build that was killed just before its end leaves this
                 return _summary(source, out, manifest, total, started)
             raise DataError(
                 f"{final} was built from other images or with other options: replace it with --overwrite"
             )
-        lock, token = claim(final, partial, fingerprint, lambda: _stamp(source), resume, overwrite)
-        try:
-            resumed = 0
-            if not (partial / MANIFEST).exists():
-                resumed = _write_shards(source, partial, token, options, plan, workers, progress, make_pool)
-                _write_manifest(source, partial, token, options, plan, fingerprint)
-            remove_unfinished(partial, all_of_it=True)  # nothing strange is to be published
-            manifest = _publish(partial, final)
-        finally:
-            remove_unfinished(partial)
-            os.close(lock)
+        with claim(final, partial, fingerprint, lambda: _stamp(source), resume, overwrite) as token:
+            try:
+                resumed = 0
+                if not (partial / MANIFEST).exists():
+                    resumed = _write_shards(
+                        source, partial, token, options, plan, workers, progress, make_pool
+                    )
+                    _write_manifest(source, partial, token, options, plan, fingerprint)
+                remove_unfinished(partial, everything=True)  # no leftovers in what is published
+                manifest = _publish(partial, final)
+            finally:
+                remove_unfinished(partial)
     except OSError as error:
         raise disk_error(error, out) from None
     return _summary(source, out, manifest, resumed, started)
@@ -164,27 +163,25 @@ def _summary(source: Source, out: Path, manifest: Manifest, resumed: int, starte
     )
 
 
-def _plan(source: Source, options: Options) -> list[list[int]]:
-    """Which images go into which shard: a seeded shuffle, cut into pieces of (nearly) one length."""
+def _plan(source: Source, options: Options) -> list[np.ndarray]:
+    """Indices of the images of each shard: a seeded shuffle, cut into pieces of (nearly) equal length."""
     count = len(source.images)
-    # A row group of a parquet file is read as a whole: they are shuffled, and what lies in one stays together.
-    groups: dict[tuple[str, int], list[int]] = {}
-    for index, image in enumerate(source.images):
-        in_rows = image.file.endswith(".parquet")
-        groups.setdefault((image.file, image.length) if in_rows else ("", index), []).append(index)
-    # Sorting raw random numbers: unlike `permutation`, NumPy promises this stream for all versions.
-    shuffled = np.argsort(np.random.Philox(key=options.seed).random_raw(len(groups)), kind="stable")
-    members = list(groups.values())
-    order = [index for group in shuffled for index in members[group]]
+    group = np.arange(count)
+    if source.images[0].file.endswith(".parquet"):  # row groups are read whole, so each stays together
+        groups: dict[tuple[str, int], int] = {}
+        group[:] = [groups.setdefault((i.file, i.length), len(groups)) for i in source.images]
+    # argsort of raw random numbers: NumPy guarantees this stream for all versions, unlike `permutation`
+    shuffled = np.argsort(np.random.Philox(key=options.seed).random_raw(group.max() + 1), kind="stable")
+    order = np.argsort(np.argsort(shuffled)[group], kind="stable")
     if options.images_per_shard:
         shards = math.ceil(count / options.images_per_shard)
     else:
         shards = max(math.ceil(count / MAX_IMAGES_PER_SHARD), min(MIN_SHARDS, math.ceil(count / MIN_IMAGES)))
-    return [piece.tolist() for piece in np.array_split(np.array(order, np.int64), shards)]
+    return np.array_split(order, shards)
 
 
-def _fingerprint(source: Source, options: Options, plan: list[list[int]]) -> str:
-    """Equal only when the finished data set would be equal, so far as can be told without reading images."""
+def _fingerprint(source: Source, options: Options, plan: list[np.ndarray]) -> str:
+    """A hash that is equal only if the data sets are equal, as far as can be known without reading the images."""
     digest = hashlib.sha256()
     chosen = {key: value for key, value in asdict(options).items() if key != "strict" or value}
     head = [FORMAT_VERSION, source.split, chosen, len(plan), cv2.__version__, PIL.__version__]
@@ -195,20 +192,20 @@ def _fingerprint(source: Source, options: Options, plan: list[list[int]]) -> str
 
 
 def _stamp(source: Source) -> str:
-    """Sizes and times of change of the source's files: kept with an unfinished build, whose images must stay.
+    """A hash of the sizes and modification times of the source's files, stored with an unfinished build.
 
-    Not in the manifest: a copy of the images has other times, and is the same data set.
+    It shows whether images changed before --resume. It is not in the manifest, because a copy of the images has
+    other times but gives the same data set.
     """
     digest = hashlib.sha256()
-    if source.path.is_dir():
-        paths: list[Path] = [
-            source.path / name for name in dict.fromkeys(i.file or i.name for i in source.images)
-        ]
+    if not source.path.is_dir():
+        paths: Iterable[str] = [os.fspath(source.path)]
     else:
-        paths = [source.path]
-    for path in map(os.fspath, paths):
+        names: Iterable[str] = dict.fromkeys(i.file for i in source.images if i.file)
+        paths = (os.path.join(source.path, name) for name in names or (i.name for i in source.images))  # noqa: PTH118
+    for path in paths:
         try:
-            file = os.stat(path)  # noqa: PTH116 - a million times
+            file = os.stat(path)  # noqa: PTH116 - called a million times
             digest.update(b"%d %d\n" % (file.st_size, file.st_mtime_ns))
         except OSError:
             digest.update(b"gone\n")
@@ -219,14 +216,14 @@ def _stamp(source: Source) -> str:
 
 
 def _note(partial: Path, number: int, token: str) -> Path:
-    """What a finished shard adds to the manifest: an npz with the sums and a JSON text."""
+    """Path of a finished shard's contribution to the manifest: an npz file with the sums and a JSON text."""
     return partial / "work" / f"{shard_name(number)}.{token}.npz"
 
 
 def _read_note(
     partial: Path, number: int, token: str, images: int, size: int
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """(text, sums) of a finished shard of so many images; ValueError unless they are what `_write_shard` writes."""
+    """Read (text, sums) of a finished shard of `images` images; ValueError if `_write_shard` did not write it."""
     try:
         content = read_regular(_note(partial, number, token), 24 * size**2 + MAX_MANIFEST_BYTES)
         check_stored(content)
@@ -245,12 +242,12 @@ def _read_note(
     except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile, MemoryError):
         good = False
     if not good:
-        raise ValueError("no finished shard")
+        raise ValueError("not a finished shard")
     return note, sums
 
 
 def _is_finished(partial: Path, number: int, token: str, images: int, size: int) -> bool:
-    """Whether a shard has its note, and the file that the note speaks of is there."""
+    """Whether a shard has its note and its database."""
     try:
         _read_note(partial, number, token, images, size)
     except ValueError:
@@ -263,27 +260,27 @@ def _write_shards(
     partial: Path,
     token: str,
     options: Options,
-    plan: list[list[int]],
+    plan: list[np.ndarray],
     workers: int,
     progress: Callable[[int, int], None],
     make_pool: Callable[..., Any] | None = None,
 ) -> int:
-    """Write every shard that has no note yet; returns how many images had been done before."""
+    """Write all unfinished shards; return the number of images in shards that were already finished."""
     jobs = {}
     for number, piece in enumerate(plan):
         if not _is_finished(partial, number, token, len(piece), options.size):
-            images = [source.images[index] for index in piece]
+            images = [source.images[index] for index in piece.tolist()]
             jobs[number] = _ShardJob(number, partial, token, source.path, images, options)
     total = len(source.images)
     resumed = done = total - sum(len(job.images) for job in jobs.values())
     if jobs and make_pool is None:
-        kernels()  # built before the workers look for it, and with a warning if that fails: they say nothing
+        kernels()  # compile before the workers need it, and warn here if that fails: workers print nothing
     progress(done, total)
     crashes: dict[int, list[int]] = {number: [] for number in jobs}
     with (make_pool or WorkerPool)(write_shard, min(workers, len(jobs))) as pool:
 
         def tick() -> None:
-            progress(done + pool.items_begun(), total)
+            progress(done + pool.items_started(), total)
 
         for number, job in jobs.items():
             pool.submit(number, job)
@@ -298,11 +295,13 @@ def _write_shards(
 
 
 def _after_crash(job: _ShardJob, crash: Crashed, crashes: list[int]) -> _ShardJob:
-    """The job to try next. A file that kills two workers is to blame; else something from outside was."""
+    """The job to retry. A file at which two workers died is rejected; a single death may have another cause."""
     crashes.append(crash.position)
     if crash.position >= 0 and crashes.count(crash.position) == 2:
         why = (
-            f"takes more than {SECONDS_AN_ITEM:.0f} s to decode" if crash.too_long else "crashed the decoder"
+            f"takes more than {MAX_SECONDS_PER_ITEM:.0f} s to decode"
+            if crash.too_long
+            else "crashed the decoder"
         )
         return replace(job, crashers={**job.crashers, crash.position: why})
     if len(crashes) - 2 * len(job.crashers) >= MAX_CRASHES:
@@ -314,20 +313,18 @@ def _after_crash(job: _ShardJob, crash: Crashed, crashes: list[int]) -> _ShardJo
 
 
 def write_shard(job: _ShardJob, report: Report) -> None:
-    """In a worker: write one shard and, last, its note."""
-    cv2.setNumThreads(1)  # one process a core already
+    """Write one shard, then its note. Runs in a worker."""
+    cv2.setNumThreads(1)  # there is one process per core
     try:
-        # After a kill of the main process its workers may live for a moment: never two in one shard.
-        lock = lock_folder(job.partial / "work", f"{shard_name(job.number)}.lock", wait=True)
-        try:
-            if not _is_finished(job.partial, job.number, job.token, len(job.images), job.options.size):
-                _write_shard(job, report)
-        except lmdb.Error as error:
-            # LMDB calls a write that a full disk cut short an I/O error: a plain one tells the true reason.
-            (job.partial / f"{shard_name(job.number)}.probe.tmp").write_bytes(bytes(1 << 24))
-            raise DataError(f"{job.partial}: {error}; continue with --resume when that is solved") from None
-        finally:
-            os.close(lock)
+        # Workers can outlive a killed main process for a moment. The lock keeps two of them out of one shard.
+        with lock_shard(job.partial, job.number, wait=True):
+            try:
+                if not _is_finished(job.partial, job.number, job.token, len(job.images), job.options.size):
+                    _write_shard(job, report)
+            except lmdb.Error as error:
+                # LMDB reports a full disk as an I/O error. A plain write fails with the true reason.
+                (job.partial / f"{shard_name(job.number)}.probe.tmp").write_bytes(bytes(1 << 24))
+                raise DataError(f"{job.partial}: {error}; continue with --resume when it is fixed") from None
     except OSError as error:
         raise disk_error(error, job.partial.parent) from None
 
@@ -336,7 +333,7 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
     options, directory = job.options, job.partial / shard_name(job.number)
     unfinished = directory.with_name(f"{directory.name}.{job.token}.tmp")
     note_path = _note(job.partial, job.number, job.token)
-    report(-1)  # raises if this job has been given up: then another one may be at work here
+    report(-1)  # raises if this job was abandoned: another job may be writing the shard
     note_path.unlink(missing_ok=True)
     for leftover in (unfinished, directory):
         if leftover.exists():
@@ -368,7 +365,7 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
         report(-1)
         entry = {"name": directory.name, **writer.close()}
         report(-1)
-    except DataError:  # given up; whoever wants it later finds no rest, nor does a full disk
+    except DataError:  # abandoned: leave no partial shard behind, which would also fill a full disk
         writer.abort()
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -384,7 +381,9 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
     )
     note = io.BytesIO()
     np.savez(note, sums=statistics.sums, text=np.array(text))
-    report(-1)  # after the rename: whoever gave the job up and then tidied has tidied this shard, too
+    report(
+        -1
+    )  # if the job was abandoned before the rename, the clean-up has removed the shard: write no note
     write_atomic(note_path, note.getvalue())
 
 
@@ -394,19 +393,19 @@ def _read(reader: RawReader, image: RawImage, source: Path) -> bytes:
     except ValueError as error:
         raise RejectedError(str(error)) from None
     except OSError as error:
-        # One bad file is its own fault; when the whole source has gone, nothing else would be left either.
+        # If the whole source is gone, all other files would be rejected as well.
         if not source.exists():
-            raise DataError(f"{source} has gone: bring it back, then continue with --resume") from None
+            raise DataError(f"{source} no longer exists: restore it, then continue with --resume") from None
         raise RejectedError(f"cannot be read: {error.strerror}") from None
 
 
-# --- the end -----------------------------------------------------------------------------------------------
+# --- manifest ----------------------------------------------------------------------------------------------
 
 
 def _write_manifest(
-    source: Source, partial: Path, token: str, options: Options, plan: list[list[int]], fingerprint: str
+    source: Source, partial: Path, token: str, options: Options, plan: list[np.ndarray], fingerprint: str
 ) -> None:
-    """Add up the shards' notes: mean.npy and the manifest, whose presence says that all is there."""
+    """Combine the shards' notes into mean.npy and the manifest, which marks a complete build."""
     sums = np.zeros((options.size, options.size, 3), np.int64)
     products = [[0] * 3 for _ in range(3)]
     shards: list[dict[str, Any]] = []
@@ -416,7 +415,7 @@ def _write_manifest(
         try:
             note, shard_sums = _read_note(partial, number, token, len(piece), options.size)
         except ValueError:
-            raise DataError(f"{partial / shard_name(number)} is not whole: continue with --resume") from None
+            raise DataError(f"{partial / shard_name(number)} is incomplete: continue with --resume") from None
         warned += note.get("warned", [])
         rejected += note["rejected"]
         if note["shard"]["count"] == 0:
@@ -429,8 +428,8 @@ def _write_manifest(
     count = sum(shard["count"] for shard in shards)
     if count == 0:
         raise DataError(
-            f"none of the {len(rejected)} images of {source.path} can be used; "
-            f"{rejected[0]['source']}: {rejected[0]['reason']}"
+            f"none of the {len(rejected)} images in {source.path} can be used, for example {rejected[0]['source']} "
+            f"({rejected[0]['reason']}): give another SOURCE"
         )
     content = io.BytesIO()
     np.save(content, (sums / count).astype(np.float32))
@@ -458,13 +457,15 @@ def _write_manifest(
 
 
 def _publish(partial: Path, final: Path) -> Manifest:
-    """Make a complete build visible; safe to repeat after a kill at any line."""
+    """Rename a complete build to its final name. A kill at any point is safe: --resume repeats the rest."""
     manifest = Manifest.load(partial)
-    if final.exists():  # maybe it was not there when the build began, hours ago
+    if final.exists():  # it may have been created since the build started
         refuse_foreign(final)
         started = started_of(partial)
         if started.exists() and not json.loads(started.read_bytes())["overwrite"]:
-            raise DataError(f"{final} has come meanwhile: move it away, then continue with --resume")
+            raise DataError(
+                f"{final} was created while this build ran: move it away, then continue with --resume"
+            )
     shutil.rmtree(partial / "work", ignore_errors=True)
     if final.exists():
         remove_replaced(final)

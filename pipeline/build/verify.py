@@ -1,4 +1,4 @@
-"""Checks a finished split: every checksum, every record, every image; finds any single flipped byte."""
+"""Checks every checksum, record and image of a finished split; finds any changed byte."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pipeline.datum_pb2 import Datum
 from pipeline.preprocess import decode
 from pipeline.shards import DATABASE, Manifest, read_crcs, record_key
 
-MAX_PROBLEMS = 20  # named per shard: a broken disk damages thousands
+MAX_PROBLEMS = 20  # reported per shard; a broken disk can damage thousands of records
 
 
 @dataclass
 class ShardReport:
-    """What was found in one shard; sound when `problems` is empty."""
+    """The result of checking one shard, which is intact if `problems` is empty."""
 
     name: str
     count: int  # records that were read
     problems: list[str]
-    digests: np.ndarray  # (count,) uint64, of the image bytes: equal ones are duplicates
+    digests: np.ndarray  # (count,) uint64, hashes of the image bytes; duplicates have equal ones
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class _ShardCheck:
 def verify_split(
     split_dir: Path, workers: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[Manifest, list[ShardReport], list[str]]:
-    """(manifest, a report for each shard in order, problems of the split as a whole).
+    """Return (manifest, a report for each shard in order, problems of the split as a whole).
 
-    progress(records checked, records in all) is called about ten times a second.
-    DataError when the manifest itself is missing or damaged: nothing can be compared then.
+    progress(records checked, records in total) is called about ten times a second. Raises DataError if the manifest
+    is missing or damaged, because nothing can be compared then.
     """
     manifest = Manifest.load(split_dir)
     problems = [
@@ -62,14 +62,14 @@ def verify_split(
     with WorkerPool(check_shard, max(1, min(workers, len(manifest.shards)))) as pool:
 
         def tick() -> None:
-            progress(done + pool.items_begun(), manifest.count)
+            progress(done + pool.items_started(), manifest.count)
 
         for number in range(len(manifest.shards)):
             pool.submit(number, _ShardCheck(split_dir, manifest, number))
         for number, event in pool.events(tick):
             shard = manifest.shards[number]
             if isinstance(event, Crashed):
-                # LMDB trusts its own pages: damaged ones can take the process down.
+                # LMDB trusts the pages of its file: damaged ones can crash the process.
                 where = f"key {record_key(event.position).decode()}" if event.position >= 0 else DATABASE
                 problem = f"{where}: so damaged that reading it crashes"
                 reports[number] = ShardReport(shard["name"], 0, [problem], np.empty(0, np.uint64))
@@ -81,20 +81,20 @@ def verify_split(
 
 
 def _strays(split_dir: Path, manifest: Manifest) -> list[str]:
-    """Folders of a split that its manifest does not name; hidden ones are the system's."""
+    """Folders of a split that are not in its manifest, except hidden ones."""
     known = {shard["name"] for shard in manifest.shards}
     folders = (path for path in split_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
     return sorted(path.name for path in folders if path.name not in known)
 
 
 def count_duplicates(reports: list[ShardReport]) -> int:
-    """Images whose bytes equal those of an earlier one."""
+    """The number of images that are byte-identical to an earlier one."""
     digests = np.concatenate([report.digests for report in reports])
     return len(digests) - len(np.unique(digests))
 
 
 def check_shard(check: _ShardCheck, report: Report) -> ShardReport:
-    """In a worker: everything that can be wrong with one shard."""
+    """Check one shard. Runs in a worker."""
     cv2.setNumThreads(1)
     manifest, shard = check.manifest, check.manifest.shards[check.number]
     directory = check.split_dir / shard["name"]
@@ -108,7 +108,7 @@ def check_shard(check: _ShardCheck, report: Report) -> ShardReport:
     try:
         if (actual := (directory / DATABASE).stat().st_size) != shard["bytes"]:
             problems.append(f"{DATABASE}: {actual:,} bytes instead of {shard['bytes']:,}")
-            return result  # reading beyond the end of a short file would kill the process
+            return result  # reading past the end of a truncated file would kill the process
         whole = file_sha256(directory / DATABASE) == shard["sha256"]
     except OSError as error:
         problems.append(f"{error.filename}: {error.strerror}")
@@ -134,12 +134,14 @@ def check_shard(check: _ShardCheck, report: Report) -> ShardReport:
                 if problem:
                     problems.append(f"key {record_key(index).decode()}: {problem}")
                 if len(problems) >= MAX_PROBLEMS:
-                    problems.append("and perhaps more: gave up on this shard")
+                    problems.append("there may be more: the rest of this shard was not checked")
                     break
     except lmdb.Error as error:
         problems.append(f"{DATABASE}: {error}")
     if not whole and not problems:
-        problems.append(f"{DATABASE}: its checksum differs, but no record: the damage is between them")
+        problems.append(
+            f"{DATABASE}: its checksum differs, but all records are intact: the damage is between them"
+        )
     result.digests = np.frombuffer(b"".join(digests), np.uint64)
     return result
 
@@ -152,7 +154,7 @@ def _payload(record: bytes) -> bytes:
 
 
 def _check_record(record: bytes, manifest: Manifest, crc: int | None) -> str | None:
-    """What is wrong with one record, None when nothing is."""
+    """What is wrong with one record, or None."""
     try:
         datum = Datum.FromString(record)
     except DecodeError:
@@ -163,7 +165,7 @@ def _check_record(record: bytes, manifest: Manifest, crc: int | None) -> str | N
     if not 0 <= datum.label < len(manifest.classes):
         return f"label {datum.label}, but there are {len(manifest.classes)} classes"
     if not datum.HasField("encoded") or datum.encoded != (manifest.encoding != "raw"):
-        return "`encoded` is not as the manifest says"
+        return "`encoded` does not match the manifest"
     if not datum.encoded and len(datum.data) != 3 * size * size:
         return f"{len(datum.data)} bytes of pixels instead of {3 * size * size}"
     if datum.encoded and decode(np.frombuffer(datum.data, np.uint8), size) is None:

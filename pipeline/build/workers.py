@@ -1,7 +1,7 @@
-"""A small pool of processes that outlives the death of any of them.
+"""A small process pool that survives the death of its workers.
 
-`concurrent.futures` gives up when one worker is killed. Here that is an event, with the place where it
-happened: one file that crashes a decoder, or a kernel out of memory, must not cost hours of work.
+`concurrent.futures` stops when a worker is killed. Here a death is an event that names the item in work, so a file
+that crashes the decoder, or a kill for lack of memory, does not cost hours of work.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
-from base.errors import DataError
+from base.errors import DataError, UserError
 
-# The last resort, for a decoder that hangs: what prepare.py lets through takes less than five. Processor time, so
-# that a busy machine or a slow disk is not taken for one.
-SECONDS_AN_ITEM = 20.0
+# A last resort against a decoder that hangs: images that pass the checks take less than 5 s. This is processor
+# time, so a busy machine or a slow disk does not count.
+MAX_SECONDS_PER_ITEM = 20.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
-Report = Callable[[int], None]  # a job calls it with the position of the item that it starts
+Report = Callable[[int], None]  # called by a job with the position of the item that it starts
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Done:
 
 @dataclass(frozen=True)
 class Crashed:
-    """The process died at item `position` (-1: before the first or after the last).
+    """The process died at item `position` (-1: before the first item or after the last).
 
-    `too_long`: it was killed, because one item took more than SECONDS_AN_ITEM.
+    `too_long`: the pool killed it because the item took more than MAX_SECONDS_PER_ITEM.
     """
 
     position: int
@@ -49,20 +50,20 @@ class Crashed:
 class _Worker:
     process: Any
     pipe: connection.Connection
-    progress: Any  # shared [position of the item in work, items begun]
-    number: int | None = None  # of the job in work
-    item: tuple[int, float] = (-1, 0.0)  # items begun, and the processor time used when that was first seen
+    progress: Any  # shared memory: [position of the current item, number of items started]
+    number: int | None = None  # of the current job
+    item: tuple[int, float] = (-1, 0.0)  # items started, and the processor time when that was first seen
     too_long: bool = False
 
 
 class JobQueue:
-    """The jobs that wait in a pool, on this machine or a cluster, under numbers of the caller's choice."""
+    """The waiting jobs of a pool, local or on a cluster. The caller chooses the number of each job."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[int, Any]] = deque()
 
     def submit(self, number: int, job: Any, first: bool = False) -> None:
-        """Queue a job; `first`: before all others."""
+        """Add a job to the queue; at the front if `first` is true."""
         if first:
             self._pending.appendleft((number, job))
         else:
@@ -72,13 +73,14 @@ class JobQueue:
 class WorkerPool(JobQueue):
     """Runs `function(job, report)` in `count` processes; a context manager that leaves no process behind.
 
-    `function` must be importable and `job` and its result picklable. An exception in it ends the pool's work:
-    DataError as it is, anything else with its traceback.
+    `function` must be importable; `job` and its result must be picklable. An exception in it is raised by `events`:
+    a UserError as DataError, anything else as RuntimeError with its traceback.
     """
 
     def __init__(self, function: Callable[[Any, Report], Any], count: int) -> None:
         super().__init__()
-        # A fork server forks from a small process without threads, faster than `spawn` and safer than `fork`.
+        # A fork server is a small process without threads: forking from it is faster than `spawn` and safer than
+        # `fork`.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([function.__module__])
         self._function = function
@@ -96,14 +98,14 @@ class WorkerPool(JobQueue):
             worker.pipe.close()
         self._workers.clear()
 
-    def items_begun(self) -> int:
-        """Items that the jobs now in work have begun, for a progress bar."""
+    def items_started(self) -> int:
+        """Items that the running jobs have started, for a progress bar."""
         return sum(worker.progress[1] for worker in self._workers if worker.number is not None)
 
     def events(self, tick: Callable[[], None]) -> Iterator[tuple[int, Done | Crashed]]:
-        """(number, what became of the job) until no job is left; `tick` is called about ten times a second.
+        """Yield (number, result or crash) of each job until none is left; call `tick` about ten times a second.
 
-        More jobs may be submitted meanwhile, for instance the one that crashed.
+        The caller can submit jobs in the meantime, such as the one that crashed.
         """
         last_tick = 0.0
         while self._pending or any(worker.number is not None for worker in self._workers):
@@ -122,25 +124,25 @@ class WorkerPool(JobQueue):
                     yield number, Crashed(worker.progress[0], worker.too_long)
                     continue
                 worker.number = None
-                if kind == "data error":
+                if kind == "user error":
                     raise DataError(value)
                 if kind == "exception":
                     raise RuntimeError(f"in a worker process:\n{value}")
                 yield number, Done(value)
             if time.monotonic() - last_tick >= 0.1:
                 last_tick = time.monotonic()
-                self._kill_what_hangs()
+                self._kill_hanging_workers()
                 tick()
 
-    def _kill_what_hangs(self) -> None:
-        """`events` then finds them dead."""
+    def _kill_hanging_workers(self) -> None:
+        """Kill workers whose item takes too long; `events` then finds them dead."""
         for worker in self._workers:
             if worker.number is None or worker.progress[0] < 0:
                 continue
-            used, begun = _processor_seconds(worker.process.pid), worker.progress[1]
-            if worker.item[0] != begun:
-                worker.item = (begun, used)
-            elif used - worker.item[1] > SECONDS_AN_ITEM:
+            used, started = _processor_seconds(worker.process.pid), worker.progress[1]
+            if worker.item[0] != started:
+                worker.item = (started, used)
+            elif used - worker.item[1] > MAX_SECONDS_PER_ITEM:
                 worker.too_long = True
                 worker.process.kill()
 
@@ -153,24 +155,39 @@ class WorkerPool(JobQueue):
             worker.number = number
             try:
                 worker.pipe.send(job)
-            except OSError:  # it died while idle: `events` finds out
+            except OSError:  # it died while idle; `events` handles that
                 continue
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         progress = self._context.RawArray("q", 2)
         process = self._context.Process(target=_serve, args=(self._function, theirs, progress), daemon=True)
-        process.start()
-        theirs.close()
         worker = _Worker(process, ours, progress)
-        self._workers.append(worker)
+        with _interrupts_held_back():
+            process.start()
+            self._workers.append(worker)
+        theirs.close()
         return worker
 
 
-def _processor_seconds(pid: int) -> float:
-    """Time that a process and its threads have computed; 0 when it is gone or the system does not tell."""
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Deliver Ctrl-C after the block; processes started in it never see it, not even while they start.
+
+    The terminal sends SIGINT to the whole process group, but only the main process decides what to do.
+    """
+    resource_tracker.ensure_running()  # it would unblock SIGINT when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - ten times a second
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _processor_seconds(pid: int) -> float:
+    """Processor time of a process and its threads; 0 if it is gone or the system does not provide it."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - called ten times a second
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return 0.0
@@ -178,16 +195,15 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _serve(function: Callable[[Any, Report], Any], pipe: connection.Connection, progress: Any) -> None:
-    """The life of a worker: jobs from the pipe until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    # Decoders in C print warnings about files; what matters goes through the pipe.
+    """Run jobs from the pipe until it closes. Runs in a worker."""
+    # Decoders written in C print warnings to stderr; results and errors go through the pipe.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     parent = os.getppid()
 
     def report(position: int) -> None:
         progress[0] = position
         progress[1] += position >= 0
-        # The fork server dies with the main process and this one is adopted: nobody wants the result.
+        # The fork server ends with the main process; this process then gets another parent and is no longer needed.
         if os.getppid() != parent:
             os._exit(1)
 
@@ -198,8 +214,8 @@ def _serve(function: Callable[[Any, Report], Any], pipe: connection.Connection, 
             return
         try:
             answer = ("done", function(job, report))
-        except DataError as error:
-            answer = ("data error", error.message)
+        except UserError as error:
+            answer = ("user error", error.message)
         except Exception:
             answer = ("exception", traceback.format_exc())
         try:

@@ -1,81 +1,85 @@
-"""The folders of a build that is not finished: OUT/<split>.partial, its lock, and what may be deleted."""
+"""The folder of an unfinished build, OUT/<split>.partial: its lock, and which files can be deleted."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from base.errors import DataError
-from base.files import read_regular, write_atomic
-from pipeline.shards import MANIFEST, Manifest, foreign
+from base.errors import DataError, UserError
+from base.files import lock, read_regular, write_atomic
+from pipeline.shards import MANIFEST, Manifest, find_foreign_entry, shard_name
 
 
+@contextmanager
 def claim(
     final: Path, partial: Path, fingerprint: str, stamp: Callable[[], str], resume: bool, overwrite: bool
-) -> tuple[int, str]:
-    """Make or take over `partial`; returns the descriptor of its lock and the token of the build.
+) -> Iterator[str]:
+    """Create or take over `partial`, and lock it; yields the token of the build.
 
-    `stamp` looks at every image: it is called after the refusals only.
-    Jobs of a cluster can outlive the build that sent them, and its directory: they know files of other names.
+    `stamp` looks at every image, so it is called only when nothing else refuses the build. The token is part of
+    the names of the files that jobs write. Jobs on a cluster can outlive their build and even its folder; a later
+    build has another token.
     """
     refuse_taken(final, resume, overwrite)
-    started = started_of(partial)
-    work = started.parent
-    if partial.exists():
-        lock = lock_folder(partial)
-        if overwrite:
+    if overwrite and partial.exists():
+        with _lock(partial):
             _remove_tree(partial)
-            os.close(lock)
-        else:
-            try:
-                known = _checked(json.loads(read_regular(started, 1 << 20)))
-            except (FileNotFoundError, ValueError, RecursionError):
-                known = {"fingerprint": None, "overwrite": True}
-                if (partial / MANIFEST).exists():
-                    known["fingerprint"] = Manifest.load(partial).fingerprint
-                elif not any(partial.glob("shard-*")):
-                    known["fingerprint"] = fingerprint  # killed before it had begun
-            if known["fingerprint"] != fingerprint:
-                os.close(lock)
-                raise DataError(
-                    f"{partial} was begun from other images or with other options: "
-                    "repeat those, or start afresh with --overwrite"
-                )
-            if "stamp" in known and known["stamp"] != stamp():
-                os.close(lock)
-                raise DataError(
-                    f"images have changed since {partial} was begun: start afresh with --overwrite"
-                )
-            if final.exists() and not known["overwrite"]:
-                os.close(lock)
-                raise DataError(f"{final} already exists beside {partial}: replace both with --overwrite")
-            work.mkdir(exist_ok=True)
-            for place in work.glob("*.at"):
-                place.unlink()  # jobs that a killed build left on a cluster stop when they miss it
-            if "token" not in known:
-                known.update(fingerprint=fingerprint, stamp=stamp(), token=uuid.uuid4().hex)
-                write_atomic(started, json.dumps(known).encode())
-            return lock, known["token"]
-    token = uuid.uuid4().hex
-    content = {"fingerprint": fingerprint, "stamp": stamp(), "overwrite": overwrite, "token": token}
-    partial.mkdir(parents=True)
-    lock = lock_folder(partial)
-    work.mkdir()
-    write_atomic(started, json.dumps(content).encode())
-    return lock, token
+    begun = partial.exists()
+    partial.mkdir(parents=True, exist_ok=True)
+    with _lock(partial):
+        if begun:
+            yield _take_over(final, partial, fingerprint, stamp)
+            return
+        token = uuid.uuid4().hex
+        content = {"fingerprint": fingerprint, "stamp": stamp(), "overwrite": overwrite, "token": token}
+        started_of(partial).parent.mkdir()
+        write_atomic(started_of(partial), json.dumps(content).encode())
+        yield token
+
+
+def _lock(partial: Path) -> AbstractContextManager[int]:
+    return lock(partial, f"another build is running in {partial}: wait for it, or stop it")
+
+
+def _take_over(final: Path, partial: Path, fingerprint: str, stamp: Callable[[], str]) -> str:
+    """The token of the unfinished build in `partial`; DataError if it cannot be resumed."""
+    started = started_of(partial)
+    try:
+        known = _checked(json.loads(read_regular(started, 1 << 20)))
+    except (FileNotFoundError, ValueError, RecursionError):
+        known = {"fingerprint": None, "overwrite": True}
+        if (partial / MANIFEST).exists():
+            known["fingerprint"] = Manifest.load(partial).fingerprint
+        elif not any(partial.glob("shard-*")):
+            known["fingerprint"] = fingerprint  # killed before it wrote anything
+    if known["fingerprint"] != fingerprint:
+        raise DataError(
+            f"{partial} was started from other images or with other options: "
+            "repeat those, or start again with --overwrite"
+        )
+    if "stamp" in known and known["stamp"] != stamp():
+        raise DataError(f"images have changed since {partial} was started: start again with --overwrite")
+    if final.exists() and not known["overwrite"]:
+        raise DataError(f"{final} already exists beside {partial}: replace both with --overwrite")
+    started.parent.mkdir(exist_ok=True)
+    for place in started.parent.glob("*.at"):
+        place.unlink()  # jobs that a killed build left on a cluster stop when this file is gone
+    if "token" not in known:
+        known.update(fingerprint=fingerprint, stamp=stamp(), token=uuid.uuid4().hex)
+        write_atomic(started, json.dumps(known).encode())
+    return str(known["token"])
 
 
 def _checked(known: Any) -> dict[str, Any]:
-    """What build.json says; ValueError unless it is as `claim` writes it: the token becomes part of file names."""
+    """Check the content of build.json, whose token becomes part of file names; ValueError if it is not valid."""
     if (
         not isinstance(known, dict)
         or not isinstance(known.get("overwrite"), bool)
@@ -87,9 +91,9 @@ def _checked(known: Any) -> dict[str, Any]:
 
 
 def refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
-    """DataError where OUT/<split> is not to be built: it is there, or begun, or what no build has made is.
+    """Raise an error if OUT/<split> exists, was started, or holds files that no build made.
 
-    Names of files tell that, so that it can be known before a million images are listed.
+    This looks only at file names, so that it can be called before a million images are listed.
     """
     try:
         _refuse_taken(final_of(final.parent, final.name), resume, overwrite)
@@ -99,21 +103,22 @@ def refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
 
 def _refuse_taken(final: Path, resume: bool, overwrite: bool) -> None:
     partial = partial_of(final)
-    ours = started_of(partial).exists() and not overwrite  # it is resumed, and nothing in it is deleted
+    ours = started_of(partial).exists() and not overwrite  # a resumed build deletes no other files
     for directory in (final, replaced_of(final), *([] if ours else [partial])):
         refuse_foreign(directory)
     if not (resume or overwrite):
         if partial.exists():
-            os.close(lock_folder(partial))  # another build that is at work is no unfinished one
+            with _lock(partial):  # another build may be running
+                pass
             raise DataError(
-                f"{partial} is an unfinished build: continue it with --resume, or use --overwrite"
+                f"{partial} is an unfinished build: continue it with --resume, or replace it with --overwrite"
             )
         if final.exists():
-            raise DataError(f"{final} already exists: replace it with --overwrite, or name another OUT")
+            raise DataError(f"{final} already exists: replace it with --overwrite, or give another OUT")
 
 
 def final_of(out: Path, split: str) -> Path:
-    """OUT/<split>; where that is a link to another disk, the folder there, so that all renames stay on one disk."""
+    """OUT/<split>, or its target if that is a link, so that all renames stay on one disk."""
     final = out / split
     return final.resolve() if final.is_symlink() else final
 
@@ -127,13 +132,13 @@ def started_of(partial: Path) -> Path:
 
 
 def refuse_foreign(directory: Path) -> None:
-    """DataError instead of deleting what no build has made."""
-    if other := foreign(directory):
-        raise DataError(f"{directory} {other}, which no build made: move it away, or name another OUT")
+    """Raise DataError if `directory` holds anything that no build made, so that it is never deleted."""
+    if other := find_foreign_entry(directory):
+        raise DataError(f"{directory} {other}, which no build made: move it away, or give another OUT")
 
 
 def _remove_tree(directory: Path) -> None:
-    """rmtree, also while a job that is about to stop still makes or renames something in there."""
+    """Remove a folder in which a job that is about to stop may still create or rename files."""
     for _ in range(20):
         shutil.rmtree(directory, ignore_errors=True)
         if not directory.exists():
@@ -142,53 +147,46 @@ def _remove_tree(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def lock_folder(directory: Path, name: str = "", wait: bool = False) -> int:
-    """Keep others out of `directory`, or of the file `name` in it, until the descriptor is closed or a kill."""
-    flags = os.O_RDWR | os.O_CREAT if name else os.O_RDONLY
-    descriptor = os.open(directory / name, flags, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DataError(f"another build is at work in {directory}: wait for it, or stop it") from None
-    except OSError:
-        pass  # a file system without locks: better to build than to refuse
-    return descriptor
+def lock_shard(partial: Path, number: int, wait: bool = False) -> AbstractContextManager[int]:
+    """Lock one shard of an unfinished build, so that only one process writes or removes its files."""
+    path = partial / "work" / f"{shard_name(number)}.lock"
+    path.touch()  # on a full disk this is an OSError like any other
+    return lock(path, f"{path} is locked", wait)
 
 
-def remove_unfinished(partial: Path, all_of_it: bool = False) -> None:
-    """What stopped workers were writing: useless, and on a full disk in the way.
+def remove_unfinished(partial: Path, everything: bool = False) -> None:
+    """Remove what stopped workers were writing: it is useless, and takes room on a full disk.
 
-    Where a worker of a cluster may be at it still, that worker or --resume removes it, unless `all_of_it` is to go.
+    Shards that a worker of a cluster may still be writing are left to that worker or to --resume, unless
+    `everything` is true.
     """
     for path in [*partial.glob("*.tmp"), *partial.glob("work/*.tmp")]:
-        lock = None
-        try:
-            if not all_of_it and path.name.startswith("shard-"):
-                lock = lock_folder(partial / "work", f"{path.name.partition('.')[0]}.lock")
+        number = re.match(r"shard-(\d+)\.", path.name)
+        with (
+            suppress(UserError, OSError),
+            ExitStack() as stack,
+        ):  # it is being written, or the disk is read-only
+            if number and not everything:
+                stack.enter_context(lock_shard(partial, int(number[1])))
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        except (DataError, OSError):  # at work there, or the disk is read-only
-            continue
-        finally:
-            if lock is not None:
-                os.close(lock)
 
 
 def disk_error(error: OSError, out: Path) -> DataError:
+    """The one-line error for a failed write."""
     if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
-        return DataError(f"the disk of {out} is full: make room, then continue with --resume")
+        return DataError(f"the disk of {out} is full: free some space, then continue with --resume")
     if error.errno == errno.EROFS or error.errno == errno.EACCES:
-        return DataError(f"cannot write to {error.filename or out}: {error.strerror}; name another OUT")
+        return DataError(f"cannot write to {error.filename or out}: {error.strerror}; give another OUT")
     return DataError(
-        f"{error.filename or out}: {error.strerror or error}; continue with --resume when that is solved"
+        f"{error.filename or out}: {error.strerror or error}; continue with --resume when it is fixed"
     )
 
 
 def replaced_of(final: Path) -> Path:
-    """Where --overwrite puts the old data set for the moment between two renames."""
+    """Where --overwrite keeps the old data set between two renames."""
     return final.with_name(final.name + ".replaced")
 
 

@@ -1,8 +1,8 @@
-"""What DALI's external_source asks for: records, labels and the plan's numbers of one batch.
+"""Provides DALI's external_source with the records, labels and random numbers of each batch.
 
-Runs in light worker processes of its own, so nothing here imports torch; where the numbers do not go through
-DALI, the trainer's process asks for them itself. Both feeds are pure functions of the batch number, which is all
-that DALI hands to a worker.
+Runs in light reader processes, so nothing here imports torch. If DALI does not need the random numbers, the
+trainer's process computes them itself. Both feeds are pure functions of the batch number, which is all that DALI
+passes to a reader process.
 https://docs.nvidia.com/deeplearning/dali/user-guide/docs/examples/general/data_loading/parallel_external_source.html
 """
 
@@ -20,25 +20,26 @@ import numpy as np
 from pipeline.load.plan import Plan, rank_slice
 from pipeline.shards import ShardReader
 
-READ_AHEAD = 2  # batches that the reader processes are ahead: a slow read does not stall the graph
-PADDED = 3  # times as many bytes with those zeros, at most
-# n records: one array, HWC RGB uint8 of raw shards or encoded bytes with zeros behind them, or a list of arrays
+# batches that reader processes prepare in advance, so that a slow read does not stall the graph
+READ_AHEAD = 2
+PADDED = 3  # maximum size of padded records, relative to the records themselves
+# n records: one array (HWC RGB uint8 of raw shards, or zero-padded encoded bytes) or a list of arrays
 Records = list[np.ndarray] | np.ndarray
-# arrays over n samples: anchor int32 (n, 2), flip int32 (n,), shift float32 (n, 3) in levels of 0..255
+# anchor int32 (n, 2), flip int32 (n,), shift float32 (n, 3) in levels of 0..255
 Cuts = tuple[np.ndarray, np.ndarray, np.ndarray]
-# records, label int64 (n,), and the three of Cuts
+# records, labels int64 (n,), and the three arrays of Cuts
 FeedBatch = tuple[Records, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray]:
-    """The records and labels of `samples`.
+    """Read the records and labels of `samples`.
 
-    DALI spends some 20 us on every array on its way between processes, half of them in the trainer's main thread,
-    and copies each to the GPU by itself: records go as one array. Encoded ones are padded, unless one is so long
-    that the others would be mostly zeros: decoders end where an image ends, and `ShardReader` sees to it that it
-    does.
+    The records are returned as one array if possible, because DALI spends about 20 us on each array that it passes
+    between processes, half of it in the trainer's main thread, and copies each array to the GPU separately. Encoded
+    records are padded with zeros, unless one is so long that the array would be mostly zeros. Decoders stop at the
+    end of the image, which `ShardReader` checks is there.
     """
     indices = samples.tolist()
     rows = None
@@ -52,7 +53,7 @@ def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray
         labels.append(label)
         if rows is None:
             records.append(record)
-        else:  # at once, while it is in the cache: its memory serves for the next
+        else:  # copy at once, while the record is in the cache, so that its memory can be reused
             rows[position, : len(record)] = record
             rows[position, len(record) :] = 0
     if reader.manifest.encoding == "raw" and len({record.shape for record in records}) == 1:
@@ -61,12 +62,12 @@ def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray
 
 
 class _Feed:
-    """What both feeds have in common. `samples` tells the positions in the data set of an iteration's batch."""
+    """Base class of both feeds. Subclasses define the samples and views of each iteration."""
 
     reader: ShardReader
 
     def records(self, info: Any) -> tuple[Records, np.ndarray]:
-        """Records and labels alone, as DALI asks for them; StopIteration after the last batch."""
+        """Records and labels of DALI's iteration; StopIteration after the last batch."""
         samples = self.samples(info.iteration)
         if not len(samples):
             raise StopIteration
@@ -82,10 +83,10 @@ class _Feed:
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Only happens in a reader process, which has to go when the trainer does, however that ends."""
+        """Runs in a reader process, which must end with the trainer, even if that is killed."""
         self.__dict__.update(state)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # killed before that line, the trainer would never be heard of again
+        # If the trainer was killed before the call above, no signal will come.
         parent = multiprocessing.parent_process()
         if parent is not None and os.getppid() != parent.pid:
             os._exit(1)
@@ -93,10 +94,10 @@ class _Feed:
 
 @dataclass
 class TrainFeed(_Feed):
-    """This rank's share of every global batch from `first_step` on, across epochs without a pause.
+    """This rank's share of each global batch from `first_step` up to `end_step` (exclusive), across epochs.
 
-    Steps are counted from the start of training: step // steps_per_epoch is the epoch. Ends before `end_step`.
-    `color_basis`: (3, 3) float32, columns 255 * p_i * lambda_i (paper 4.1): the shift is basis @ (a1, a2, a3).
+    Steps are counted from the start of training: step // steps_per_epoch is the epoch. `color_basis` is (3, 3)
+    float32 with columns 255 * p_i * lambda_i (paper 4.1); the colour shift is basis @ (a1, a2, a3).
     """
 
     reader: ShardReader
@@ -108,29 +109,29 @@ class TrainFeed(_Feed):
     end_step: int
 
     def samples(self, iteration: int) -> np.ndarray:
-        """Data set indices of the iteration's batch, (n,) uint32; none from `end_step` on."""
+        """Data set indices of the iteration's batch, (n,) uint32; empty from `end_step` on."""
         if self.first_step + iteration >= self.end_step:
             return np.empty(0, np.uint32)
-        return self.plan.samples(*self._position(iteration))[self._mine]
+        return self.plan.samples(*self._position(iteration))[self._rank_rows]
 
     def views(self, iteration: int) -> Cuts:
         """The iteration's crops, flips and colour shifts."""
-        mine = self._mine
-        anchor, flip, color = (values[mine] for values in self.plan.views(*self._position(iteration)))
+        rows = self._rank_rows
+        anchor, flip, color = (values[rows] for values in self.plan.views(*self._position(iteration)))
         return anchor, flip, color @ self.color_basis.T.astype(np.float32)
 
     def _position(self, iteration: int) -> tuple[int, int]:
-        """Epoch, and step in it."""
+        """Return (epoch, step in the epoch)."""
         return divmod(self.first_step + iteration, self.plan.steps_per_epoch)
 
     @property
-    def _mine(self) -> slice:
+    def _rank_rows(self) -> slice:
         return rank_slice(self.plan.global_batch, self.rank, self.world_size)
 
 
 @dataclass
 class EvalFeed(_Feed):
-    """This rank's share of the whole set in order, every image exactly once; the last batch may be smaller."""
+    """This rank's share of the data set in order, each image exactly once; the last batch can be smaller."""
 
     reader: ShardReader
     batch: int
@@ -148,7 +149,7 @@ class EvalFeed(_Feed):
         return self.indices[iteration * self.batch : (iteration + 1) * self.batch]
 
     def views(self, iteration: int) -> Cuts:
-        """Centre crops, not mirrored, colours as they are."""
+        """Centre crops without flips and colour shifts."""
         n = len(self.samples(iteration))
         center = np.full((n, 2), (self.size - self.crop) // 2, dtype=np.int32)
         return center, np.zeros(n, np.int32), np.zeros((n, 3), np.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -208,7 +208,18 @@ def train_loader(
     end_step: int,
     **options: Any,
 ) -> Loader:
-    """The plan's stream of batches for one rank, from `first_step` (counted from the start) to `end_step`."""
+    """The plan's stream of batches for one rank, from `first_step` (counted from the start) to `end_step`.
+
+    `options` are those of Loader. Raises ValueError if `plan` and `preprocess` differ in size or crop, or if the
+    global batch is not a multiple of `world_size`.
+    """
+    if (plan.size, plan.crop) != (preprocess.size, preprocess.crop):
+        raise ValueError(
+            f"the plan crops {plan.crop} of {plan.size} pixels, the preprocessing {preprocess.crop} of "
+            f"{preprocess.size}: give both the same"
+        )
+    if plan.global_batch % world_size:
+        raise ValueError(f"a global batch of {plan.global_batch} cannot be divided among {world_size} ranks")
     feed = TrainFeed(
         reader, plan, preprocess.color_basis, rank, world_size, first_step=first_step, end_step=end_step
     )
@@ -227,6 +238,26 @@ def eval_loader(
     """One rank's share of a set: every image once, centre crop or ten crops. The last batch may be smaller."""
     feed = EvalFeed(reader, batch, preprocess.size, preprocess.crop, rank, world_size)
     return Loader(feed, preprocess, batch, **options)
+
+
+def fastest_decoder(
+    reader: ShardReader,
+    preprocess: Preprocess,
+    batch: int,
+    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    **options: Any,
+) -> tuple[str, str]:
+    """For --decoder auto: the decoder with the highest rate, the same on all ranks, and the rates for the user.
+
+    Args:
+        sum_over_ranks: the sum of a tensor over all ranks.
+        options: of `eval_loader`, with device "gpu".
+    """
+    rates = time_decoders(reader, preprocess, batch, **options)
+    totals = sum_over_ranks(torch.tensor(rates, device=torch.device("cuda", options["device_id"]))).tolist()
+    decoder = DECODERS[totals.index(max(totals))]
+    measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in zip(DECODERS, totals, strict=True))
+    return decoder, f", decoder {decoder} ({measured} images/s)" if max(totals) else ""
 
 
 def time_decoders(

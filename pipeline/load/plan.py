@@ -1,7 +1,7 @@
-"""Which sample, crop, flip and colour shift at each step: a pure function of (seed, epoch, step, position).
+"""The sample, crop, flip and colour shift at each step, as a pure function of (seed, epoch, step, position).
 
-Nothing is remembered but the order of the current epoch. So a run resumes exactly in mid-epoch, and the stream does
-not depend on the number of ranks, as long as the global batch is the same.
+The only cached value is the order of the current epoch. A run therefore resumes exactly in mid-epoch, and the
+stream does not depend on the number of ranks, as long as the global batch is the same.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Views(NamedTuple):
 class Plan:
     """The random decisions of a training run (paper, section 4.1).
 
-    `count` samples in the set, `global_batch` samples a step over all ranks. Crop offsets are in 0..size-crop-1 in
-    both axes: 32 * 32 * 2 = 2048 views for sizes of 256 and 224, as the paper counts them. The last
-    `count % global_batch` samples of each epoch's order are left out; every epoch has another order. Raises
-    DataError if the set is smaller than one global batch.
+    The data set has `count` samples; a step over all ranks uses `global_batch` of them. Crop offsets are in
+    0..size-crop-1 in both axes, which gives the paper's 32 * 32 * 2 = 2048 views for sizes of 256 and 224. Each
+    epoch has its own order, whose last `count % global_batch` samples are left out. Raises DataError if the data
+    set is smaller than one global batch.
     """
 
     count: int
@@ -60,7 +60,7 @@ class Plan:
         return self.count // self.global_batch
 
     def _generator(self, purpose: int, epoch: int, step: int) -> np.random.Generator:
-        # Philox increments the first word of the counter, so each (step, epoch) has a range of its own
+        # Philox increments the first word of the counter, so the streams of two (step, epoch) never overlap
         key = np.array([self.seed & (2**64 - 1), purpose], dtype=np.uint64)
         counter = np.array([0, 0, step, epoch], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -68,7 +68,7 @@ class Plan:
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's order of all samples: (count,) uint32, a permutation."""
         if epoch not in self._order:
-            self._order.clear()  # batches are asked for in order, so one epoch's order is enough
+            self._order.clear()  # batches are requested in order, so one epoch is enough
             order = np.arange(self.count, dtype=np.uint32)
             self._generator(ORDER, epoch, 0).shuffle(order)
             self._order[epoch] = order
@@ -83,7 +83,7 @@ class Plan:
     def views(self, epoch: int, step: int) -> Views:
         """Crop, flip and colour draws of one global batch."""
         n, random = self.global_batch, self._generator(VIEW, epoch, step)
-        # always drawn, in this order, so that turning one augmentation off does not change the others
+        # always drawn, in this order, so that disabling one augmentation does not change the others
         anchor = random.integers(0, max(1, self.size - self.crop), size=(n, 2), dtype=np.int32)
         flip = random.integers(0, 2, size=n, dtype=np.int32)
         color = (random.standard_normal((n, 3)) * self.color_std).astype(np.float32)
@@ -100,19 +100,18 @@ class Plan:
     def mixup(self, epoch: int, step: int, alpha: float) -> np.ndarray:
         """The weight of each image in its mixture: (global_batch,) float32 in 0..1, from Beta(alpha, alpha).
 
-        The rest comes from its neighbour, at position XOR 1 of the global batch (Zhang et al., arXiv:1710.09412).
-        The order is random, so the neighbour is, too; with an even share for each rank it is on the same rank.
+        Each image is mixed with its neighbour at position XOR 1 of the global batch (Zhang et al.,
+        arXiv:1710.09412). The neighbour is random, because the order is. It is on the same rank if every rank has
+        an even share.
         """
         random = self._generator(MIXUP, epoch, step)
         return random.beta(alpha, alpha, self.global_batch).astype(np.float32)
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            **self.__dict__,
-            "_order": {},
-        }  # 60 MB for 15 million samples, which a reader process rebuilds in about a second
+        # without the order: 60 MB for 15 million samples, which a reader process computes in about a second
+        return {**self.__dict__, "_order": {}}
 
 
 def rank_slice(total: int, rank: int, world_size: int) -> slice:
-    """The contiguous share of `rank` in `total` positions; the shares of all ranks cover each position once."""
+    """The contiguous share of `rank` in `total` positions. The shares of all ranks cover each position once."""
     return slice(total * rank // world_size, total * (rank + 1) // world_size)

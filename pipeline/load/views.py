@@ -1,14 +1,16 @@
-"""Crop, mirror, colour shift and mean of decoded images in one pass, on the CPU.
+"""Crops, mirrors, shifts colours and subtracts the mean in one pass over decoded images, on the CPU.
 
-DALI has an operator for each of these, and each passes over the batch in memory, which together takes longer than
-decoding (docs/performance.md). The kernel, native/views.cpp, gives the same result: bit for bit with a mean image;
-with one mean a channel DALI subtracts (mean - shift) and rounds differently, by 1e-5 levels. GPUs use DALI's
+DALI has one operator for each of these. Each passes over the batch in memory, and together they take longer than
+decoding (docs/performance.md). The kernel in native/views.cpp gives the same result, bit for bit with a mean image.
+With a mean per channel, DALI subtracts (mean - shift), which rounds differently by 1e-5 levels. GPUs use DALI's
 operators.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import weakref
 
 import numpy as np
 import torch
@@ -28,17 +30,50 @@ def ten_views(size: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
 def with_mirror_image(mean: np.ndarray) -> np.ndarray:
     """The mean image and its mirror image side by side, (size, 2 * size, 3) float32.
 
-    The part for any crop, flipped or not, is one slice: column x of the mean image is also column 2 * size - 1 - x
-    of the pair.
+    The mean of any crop, flipped or not, is then one slice: column x of the mean image is also column
+    2 * size - 1 - x of the pair.
     """
     return np.ascontiguousarray(np.concatenate([mean, mean[:, ::-1]], axis=1), np.float32)
 
 
-class ViewCutter:
-    """Turns decoded images and the plan's numbers into the network's input.
+class Buffers:
+    """Memory for batches. A buffer is reused when no tensor refers to it any longer.
 
-    `mean`: (size, size, 3) float32; the part at the crop's position is subtracted. `threads`: how many work on a
-    batch. Create it with `ViewCutter.of`, which returns None where there is no kernel.
+    The C library returns large blocks to the kernel, which clears each page of a new one: for a batch of 128 that
+    takes more than twice as long as filling it.
+    """
+
+    MOST = 3  # buffers to keep: the batch in use, the next one, and one that is held for longer
+    ALIGNMENT = 64  # bytes, as torch's own allocator aligns
+
+    def __init__(self) -> None:
+        # a buffer and the part of it that a tensor uses: from_numpy holds the part as long as its memory is in use
+        self._kept: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor with arbitrary content, in memory that no other tensor uses."""
+        size = math.prod(shape) * dtype.itemsize
+        for number, (buffer, user) in enumerate(self._kept):
+            if user() is None and len(buffer) >= size + self.ALIGNMENT:
+                del self._kept[number]
+                break
+        else:
+            buffer = np.empty(size + self.ALIGNMENT, np.uint8)
+            self._kept = [
+                (old, user) for old, user in self._kept if user() is not None
+            ]  # the free ones are small
+        start = -buffer.ctypes.data % self.ALIGNMENT
+        part = buffer[start : start + size]
+        if len(self._kept) < self.MOST:
+            self._kept.append((buffer, weakref.ref(part)))
+        return torch.from_numpy(part).view(dtype).view(shape)
+
+
+class ViewCutter:
+    """Turns decoded images and the plan's random numbers into the network's input.
+
+    `mean` is (size, size, 3) float32; its part at the crop's position is subtracted. `threads` is the number of
+    threads per batch. Create it with `ViewCutter.of`, which returns None if there is no kernel.
     """
 
     def __init__(
@@ -49,23 +84,24 @@ class ViewCutter:
             raise ValueError(f"a crop of {crop} pixels does not fit a mean image of shape {mean.shape}")
         self._kernel = library[KERNELS[dtype]]
         self._means = torch.from_numpy(with_mirror_image(mean))
+        self._buffers = Buffers()
 
     @classmethod
     def of(cls, mean: np.ndarray, crop: int, dtype: torch.dtype, threads: int) -> ViewCutter | None:
-        """None where `dtype` has no kernel or the kernel cannot be built; use DALI's operators then."""
+        """Create a ViewCutter; None if `dtype` has no kernel or it cannot be built. Use DALI's operators then."""
         if dtype not in KERNELS:
             return None
-        slower = "batches are cropped by DALI's operators, slower"
+        slower = "batches are cropped by DALI's operators, which is slower"
         library = native.library("views", slower, "-fopenmp-simd", "-pthread")
         return cls(library, mean, crop, dtype, threads) if library else None
 
     def __call__(
         self, images: torch.Tensor, anchors: torch.Tensor, flips: torch.Tensor, shifts: torch.Tensor
     ) -> torch.Tensor:
-        """V views of each of N images: (N * V, crop, crop, 3), the views of an image one after the other.
+        """Return V views of each of N images as (N * V, crop, crop, 3); the views of an image are consecutive.
 
-        images: (N, size, size, 3) uint8. anchors: (N * V, 2) int32, top and left of the crop. flips: (N * V,)
-        int32. shifts: (N * V, 3) float32, levels added to red, green and blue. ValueError for anything else.
+        images: (N, size, size, 3) uint8. anchors: (N * V, 2) int32, top and left of each crop. flips: (N * V,)
+        int32. shifts: (N * V, 3) float32, levels added to red, green and blue. Raises ValueError for anything else.
         """
         size, crop = self._size, self._crop
         count = len(flips)
@@ -78,7 +114,7 @@ class ViewCutter:
         for name, tensor, dtype, shape in expected:  # the kernel does not check
             if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or tensor.is_cuda:
                 found = f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-                raise ValueError(f"{name} are {found}, not {dtype} {shape}, contiguous, on the CPU")
+                raise ValueError(f"{name} are {found}; expected contiguous {dtype} {shape} on the CPU")
         if (
             not count
             or not len(images)
@@ -86,8 +122,8 @@ class ViewCutter:
             or anchors.min() < 0
             or anchors.max() > size - crop
         ):
-            raise ValueError(f"{count} anchors of {len(images)} images, or a crop beyond an image")
-        out = torch.empty(count, crop, crop, 3, dtype=self._dtype)
+            raise ValueError(f"{count} anchors for {len(images)} images, or a crop outside its image")
+        out = self._buffers.empty((count, crop, crop, 3), self._dtype)
         failed = self._kernel(
             *(ctypes.c_void_p(t.data_ptr()) for t in (images, self._means, anchors, flips, shifts, out)),
             *(ctypes.c_int64(n) for n in (count, count // len(images), size, crop, self._threads)),

@@ -1,4 +1,4 @@
-"""Break the program on purpose and count what it loses: `make faults`."""
+"""Command line of the fault injection: `make faults`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ from faults.scenarios import SCENARIOS, inject
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
-    "--only", multiple=True, type=click.Choice(list(SCENARIOS)), help="This scenario (repeat for more)."
+    "--only",
+    multiple=True,
+    type=click.Choice(list(SCENARIOS)),
+    help="Run only this scenario; can be repeated.",
 )
-@click.option("--tries", type=click.IntRange(1), help="Faults a scenario.  [default: each one's own]")
+@click.option(
+    "--tries",
+    type=click.IntRange(1),
+    help="Number of faults per scenario.  [default: depends on the scenario]",
+)
 @click.option(
     "--corpus", "corpora", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A folder of images to begin from (hostile-images).",
+    help="Folder of images to mutate in hostile-images; can be repeated.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the faults.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed.")
 def main(only: tuple[str, ...], tries: int | None, corpora: tuple[Path, ...], seed: int) -> None:
-    """Inject faults into builds and trainings and print what was kept: exit code 1 if anything was lost.
+    """Inject faults into builds and trainings, and print what passed. The exit code is 1 if anything was lost.
 
-    Kills, signals, full disks, damaged files, hostile images. Everything happens in temporary folders. Small
-    disks are mounted and /dev/shm is replaced where that is permitted (root), else those scenarios are skipped.
+    The faults are kills, signals, full disks, damaged files and hostile images, all in temporary folders. Some
+    scenarios mount small disks or replace /dev/shm; they are skipped if that is not permitted (it needs root).
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the processes and the disks
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # exit normally, to end processes and unmount disks
     click.echo(f"{'scenario':16} {'tries':>7} {'passed':>7} {'seconds':>8}  ")
     failed = False
     for name in only or SCENARIOS:

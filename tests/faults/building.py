@@ -24,7 +24,7 @@ from faults.processes import (
 
 
 def build_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """kill -9 in a build, half of them over an older data set: --resume gives the same bytes, nothing else."""
+    """kill -9 during a build, half of them with --overwrite: --resume gives the same bytes and no other files."""
     source = make_images(work / "images") / "train"
     began = time.monotonic()
     _build(source, work / "whole-build")
@@ -57,7 +57,7 @@ def build_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> 
                 raise Lost(f"exit code {code}: {command.text()[-300:]!r}")
             kills += 1
             at_calls += systematic
-            # killed before it had begun, an --overwrite has nothing to resume and has to be said again
+            # killed before it started: there is nothing to resume, and --overwrite must be given again
             begun = (out / "train.partial").exists() or not over
             more = ["--resume"] if begun or tree(out / "train") == wanted else ["--overwrite"]
         if tree(out / "train") != wanted:
@@ -80,7 +80,7 @@ def _build(source: Path, out: Path, *more: object) -> str:
 
 
 def full_disk_build(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """No room for the shards: one line, no data set, and --resume with more room gives the same bytes."""
+    """The disk fills up during a build: one line, no data set; --resume with more space gives the same bytes."""
     source, passed = make_images(work / "images") / "train", 0
     _build(source, work / "whole-full")
     wanted = tree(work / "whole-full/train")
@@ -100,7 +100,7 @@ def full_disk_build(work: Path, tries: int, draw: random.Random, tick: Progress)
             remount(disk, "ro")
             command = Command(["tools/build_lmdb.py", source, disk, *BUILD, "--overwrite"])
             if command.wait() != 1 or tree(disk / "train") != wanted:
-                raise Lost("a read-only disk")
+                raise Lost("a read-only disk was not reported, or its data set changed")
             command.check_one_line("Read-only file system")
         passed += 1
         tick()

@@ -1,4 +1,4 @@
-"""Changed bits: damaged checkpoints and data sets are noticed."""
+"""Changed bits in checkpoints and data sets, which must be detected."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from faults.processes import Lost, Progress
 
 
 def checkpoints(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """A checkpoint cut short or with one bit changed is refused by name; the one before is used when asked."""
+    """A truncated checkpoint, or one with a changed bit, is refused by name; --fall-back uses the previous one."""
     import torch
 
     from base.errors import ModelError
     from model.training.checkpoint import Checkpoints
+    from model.training.config import checkpoint_paths
 
     run = Checkpoints(work / "checkpoints")
     run.out.mkdir()
     for step in (1, 2):
         run.save({"model": {"w": torch.arange(4096.0)}, "step": step})
-    newest, passed = run.paths()[0], 0
+    newest, passed = checkpoint_paths(run.out)[0], 0
     content = newest.read_bytes()
     for number in range(tries):
         damaged = bytearray(content)
@@ -37,16 +38,16 @@ def checkpoints(work: Path, tries: int, draw: random.Random, tick: Progress) -> 
             raise Lost("a damaged checkpoint was loaded")
         except ModelError as error:
             if newest.name not in error.message:
-                raise Lost(f"not named: {error.message}") from None
+                raise Lost(f"the checkpoint is not named: {error.message}") from None
         if run.newest(fall_back=True)["step"] != 1:
-            raise Lost("the one before was not used")
+            raise Lost("the previous checkpoint was not used")
         passed += 1
         tick()
     return passed, ""
 
 
 def flips(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """One bit of a finished data set is changed: verification says which file, and which record if it is one."""
+    """One changed bit in a data set: verification names the file, and the key if the bit is in a record."""
     from pipeline.build.verify import verify_split
     from pipeline.shards import ShardReader
 
@@ -63,7 +64,7 @@ def flips(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[
     files = sorted(path for path in split.rglob("*") if path.is_file())
     sizes, passed, named = [path.stat().st_size for path in files], 0, 0
     for number in range(tries):
-        # most flips in the shards, a quarter in every file alike
+        # three quarters of the flips by file size, so mostly in the shards; a quarter in any file
         path = draw.choices(files, sizes)[0] if number % 4 else draw.choice(files)
         content = path.read_bytes()
         position = draw.randrange(len(content))
@@ -74,18 +75,18 @@ def flips(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[
             problems = _problems(split, verify_split)
         finally:
             path.write_bytes(content)
-        hit = next((k for f, start, end, k in records if f == path and start <= position < end), None)
+        damaged_key = next((k for f, start, end, k in records if f == path and start <= position < end), None)
         where = path.parent.name if path.parent != split else path.name
-        if where not in problems or (hit and f"key {hit}" not in problems):
-            raise Lost(f"{path.relative_to(split)} byte {position}, key {hit}: {problems[:200]!r}")
-        named += hit is not None
+        if where not in problems or (damaged_key and f"key {damaged_key}" not in problems):
+            raise Lost(f"{path.relative_to(split)} byte {position}, key {damaged_key}: {problems[:200]!r}")
+        named += damaged_key is not None
         passed += 1
         tick()
-    return passed, f"{named} in a record, by its key"
+    return passed, f"{named} in a record, named by its key"
 
 
 def _problems(split: Path, verify_split: Callable[..., Any]) -> str:
-    """Everything that verification says about a split."""
+    """All problems that verification reports for a split."""
     try:
         _, reports, problems = verify_split(split, 1)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Damaged and malicious images and archives, given to a build."""
+"""Builds from damaged and malicious images and archives."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from faults.processes import Command, Lost, Progress, session_of
 def hostile_images(
     work: Path, tries: int, draw: random.Random, tick: Progress, corpora: tuple[Path, ...] = ()
 ) -> tuple[int, str]:
-    """Damaged and malicious files given to a build: each is accepted or rejected, and the data set is sound."""
-    from pipeline.build.workers import SECONDS_AN_ITEM
+    """Build from damaged and malicious files: each is accepted or rejected, and the data set verifies."""
+    from pipeline.build.workers import MAX_SECONDS_PER_ITEM
 
     seeds = [path for corpus in corpora for path in sorted(corpus.rglob("*")) if path.is_file()]
     inputs = work / "hostile/train/x"
@@ -54,8 +54,8 @@ def hostile_images(
     crashed = sum(reason == "crashed the decoder" for reason in reasons)
     slow = sum(reason.startswith("takes more") for reason in reasons)
     return seen, (
-        f"{accepted:,} accepted, {rejected:,} rejected ({slow} over {SECONDS_AN_ITEM:.0f} s, "
-        f"{crashed} crashed a worker); at most {peak >> 20:,} MiB a process"
+        f"{accepted:,} accepted, {rejected:,} rejected ({slow} over {MAX_SECONDS_PER_ITEM:.0f} s, "
+        f"{crashed} crashed a worker); at most {peak >> 20:,} MiB per process"
     )
 
 
@@ -66,7 +66,7 @@ def _peak_memory(pid: int) -> int:
 
 
 def _hostile(paths: list[Path], draw: random.Random, count: int) -> Iterator[bytes]:
-    """`count` inputs: crafted ones, the seeds as they are, then seeds cut, flipped, overwritten and spliced."""
+    """Yield `count` inputs: crafted files, the unchanged seeds, then mutated seeds."""
     crafted = _crafted(draw)
     own = _photographs(draw)
     for number in range(count):
@@ -83,6 +83,7 @@ def _hostile(paths: list[Path], draw: random.Random, count: int) -> Iterator[byt
 
 
 def mutated(data: bytearray, other: bytes, draw: random.Random) -> bytes:
+    """Truncate, flip bits, overwrite, delete, or insert parts of `other`, one to three times."""
     for _ in range(1 + draw.randrange(3)):
         where = draw.randrange(len(data)) if data else 0
         kind = draw.randrange(5)
@@ -91,7 +92,7 @@ def mutated(data: bytearray, other: bytes, draw: random.Random) -> bytes:
         elif kind == 1 and data:
             for _ in range(1 + draw.randrange(16)):
                 data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        elif kind == 2 and data:  # headers are short, and what they claim is what decoders trust
+        elif kind == 2 and data:  # decoders trust the values in the header, which is short
             where = draw.randrange(min(len(data), 64))
             data[where : where + 4] = draw.choice(
                 [b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", b"\x00\x01"]
@@ -105,7 +106,7 @@ def mutated(data: bytearray, other: bytes, draw: random.Random) -> bytes:
 
 
 def _photographs(draw: random.Random) -> list[bytes]:
-    """Small sound files of every kind that the builder reads and OpenCV writes."""
+    """Small valid files in each format that the builder reads and OpenCV writes."""
     import cv2
 
     blobs = np.random.default_rng(draw.randrange(1 << 30)).integers(0, 256, (12, 12, 3), np.uint8)
@@ -124,7 +125,7 @@ def _photographs(draw: random.Random) -> list[bytes]:
 
 
 def _crafted(draw: random.Random) -> list[bytes]:
-    """Files that are small and claim or become something huge."""
+    """Small files that claim to be huge, or decompress to something huge."""
 
     def png(width: int, height: int, rows: bytes, *extra: bytes) -> bytes:
         def chunk(kind: bytes, data: bytes) -> bytes:
@@ -143,7 +144,7 @@ def _crafted(draw: random.Random) -> list[bytes]:
         jpeg[: frame + 5] + struct.pack(">HH", height, width) + jpeg[frame + 9 :]
         for height, width in ((65500, 65500), (9400, 9500), (1, 65500), (0, 0))
     ]
-    # the same scans again and again over as many pixels as are let through: minutes of work in 600 kB
+    # repeated scans over the maximum number of pixels: minutes of work in 600 kB
     scans = jpeg[scan:-2]
     bomb = claims[1][:scan] + scans * (600_000 // len(scans)) + b"\xff\xd9"
     return [
@@ -162,7 +163,7 @@ def _crafted(draw: random.Random) -> list[bytes]:
 
 
 def hostile_tars(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """Damaged and malicious tars: members refused or skipped with a reason, nothing written anywhere."""
+    """List damaged and malicious tars: members are refused with a reason, and nothing is written."""
     from pipeline.build.listing import RawReader
     from pipeline.build.sources import open_source
 
@@ -197,7 +198,7 @@ def hostile_tars(work: Path, tries: int, draw: random.Random, tick: Progress) ->
             reader = RawReader(path)
             for image in source.images:
                 if ".." in image.name.split("/") or image.name.startswith("/"):
-                    raise Lost(f"{image.name} is let through")
+                    raise Lost(f"{image.name} is accepted")
                 with contextlib.suppress(ValueError):
                     reader.read(image)
             reader.close()

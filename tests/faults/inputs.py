@@ -1,4 +1,4 @@
-"""Photographs and a data set for the scenarios, and the options of their commands."""
+"""Images, a data set, and command-line options for the scenarios."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-TRAIN_IMAGES, VAL_IMAGES, BATCH, EPOCHS = 24, 8, 8, 2  # images a class, two classes: 6 steps an epoch
+TRAIN_IMAGES, VAL_IMAGES, BATCH, EPOCHS = 24, 8, 8, 2  # images per class; with two classes, 6 steps per epoch
 STEPS_PER_EPOCH = 2 * TRAIN_IMAGES // BATCH
-# the smallest crop that passes all pools; a checkpoint is 160 MB all the same, long enough to be killed in
+# The smallest crop for all pooling layers. A checkpoint still has 160 MB, so a kill can hit while it is written.
 TRAIN = [
     "--gpus",
     "0",
@@ -27,7 +27,7 @@ BUILD = ["--split", "train", "--size", "64", "--images-per-shard", "8", "--worke
 
 
 def make_images(out: Path, seed: int = 0) -> Path:
-    """OUT/{train,val}/{a,b}/*.jpg: blobs of colour, about 700 pixels wide."""
+    """Write OUT/{train,val}/{a,b}/*.jpg: coloured blobs, about 700 pixels wide."""
     import cv2
 
     draw = np.random.default_rng(seed)
@@ -43,7 +43,7 @@ def make_images(out: Path, seed: int = 0) -> Path:
 
 
 def make_data(work: Path) -> Path:
-    """The data set that the training is tried on."""
+    """Build the data set for the training scenarios."""
     from pipeline.build.sources import open_source
     from pipeline.build.split import Options, build_split
 

@@ -1,4 +1,4 @@
-"""The program's commands as processes that can be killed, and what they leave behind."""
+"""Runs the program's commands as processes that can be killed, and finds what they leave behind."""
 
 from __future__ import annotations
 
@@ -18,61 +18,61 @@ from typing import Any
 from helpers import ROOT
 
 SHARED_MEMORY = Path("/dev/shm")
-FILLER = "filler"  # a file there that takes up the free space
-LIMIT = 120.0  # seconds that a command may take before it counts as hanging
+FILLER = "filler"  # a file in it that uses up the free space
+LIMIT = 120.0  # seconds after which a command counts as hanging
 
 
 class Lost(Exception):
-    """A promise that was not kept; the message says which."""
+    """A promise was not kept; the message says which."""
 
 
 class Skipped(Exception):
-    """A fault that cannot be injected here; the message says why."""
+    """A fault cannot be injected on this machine; the message says why."""
 
 
-Progress = Callable[..., object]  # called as tick() or tick(n) after n faults were survived
-COMMANDS: list[Command] = []  # started by the current scenario; they may still have processes
+Progress = Callable[..., object]  # called as tick() or tick(n) after n faults passed
+COMMANDS: list[Command] = []  # commands of the current scenario that may still have processes
 
 
 class Command:
-    """One of the program's commands as a process in a session of its own."""
+    """One of the program's commands, running as a process in its own session."""
 
     def __init__(self, arguments: list[object], before: list[str] | None = None) -> None:
-        """`before`: what is put in front of the interpreter. `inject` ends what is left of it."""
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
+        """Start the command. `before` is a command prefix. `inject` ends processes that are left."""
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the object
         self.shared: set[str] = set()  # names in /dev/shm that its processes have used
-        self.private: int | None = None  # descriptor of a /dev/shm of its own
-        self._looked = 0.0
+        self.private: int | None = None  # descriptor of the command's own /dev/shm, if it has one
+        self._last_scan = 0.0
         call = [*(before or []), sys.executable, *map(str, arguments)]
         self.process = subprocess.Popen(
-            call, stdout=self.said, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            call, stdout=self.output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
         )
         COMMANDS.append(self)
 
     def running(self) -> bool:
-        if time.monotonic() - self._looked > 0.2:
-            self._look()
+        if time.monotonic() - self._last_scan > 0.2:
+            self._scan()
         return self.process.poll() is None
 
-    def _look(self) -> None:
-        """Other programs use /dev/shm too: what is this one's has to be seen while it lives."""
-        self._looked = time.monotonic()
+    def _scan(self) -> None:
+        """Record the shared memory that the running processes use; other programs use /dev/shm as well."""
+        self._last_scan = time.monotonic()
         for pid in session_of(self.process.pid):
             self.shared |= shared_memory_of(pid)
 
     def text(self) -> str:
         """Standard output and error so far."""
-        self.said.seek(0)
-        return self.said.read().decode(errors="replace")
+        self.output.seek(0)
+        return self.output.read().decode(errors="replace")
 
     def kill(self) -> None:
-        """kill -9 of the main process alone; the others have to notice."""
-        self._look()
+        """Kill (-9) only the main process; the others must notice."""
+        self._scan()
         self.process.kill()
         self.process.wait()
 
     def wait(self, seconds: float = LIMIT) -> int:
-        """The exit code; Lost when it hangs."""
+        """Wait for the exit code; raises Lost if the command hangs."""
         deadline = time.monotonic() + seconds
         while self.running():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -81,11 +81,11 @@ class Command:
                 self.end()
                 raise Lost(f"hung for {seconds:.0f} s: {self.text()[-200:]!r}")
         if self.private is None and not session_of(self.process.pid):
-            self._over()
+            self._release()
         return int(self.process.returncode)
 
     def until(self, condition: Callable[[], object]) -> None:
-        """Return when it is true or the command is over; Lost when neither happens."""
+        """Wait until `condition` is true or the command has ended; raises Lost if neither happens."""
         deadline = time.monotonic() + LIMIT
         while self.running() and not condition():
             if time.monotonic() > deadline:
@@ -94,7 +94,7 @@ class Command:
             time.sleep(0.005)
 
     def hold_private(self) -> None:
-        """Keep hold of the /dev/shm that it has mounted for itself, to look into when it is over."""
+        """Open the /dev/shm that the command mounted for itself, to examine it after the command has ended."""
         own = Path(f"/proc/{self.process.pid}/root{SHARED_MEMORY}")
 
         def mounted() -> bool:
@@ -105,22 +105,22 @@ class Command:
 
         self.until(mounted)
         if self.private is None:
-            raise Lost(f"over before its /dev/shm was mounted: {self.text()[-300:]!r}")
+            raise Lost(f"ended before its /dev/shm was mounted: {self.text()[-300:]!r}")
 
     def end(self) -> None:
-        """No process of the session is left; only for the end of a failed try."""
+        """Kill all processes of the session, at the end of a failed try."""
         deadline = time.monotonic() + 10
-        # one may start another meanwhile
+        # repeat, because a process can start another one in the meantime
         while (pids := session_of(self.process.pid)) and time.monotonic() < deadline:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
         self.process.wait()
-        self._over()
+        self._release()
 
-    def _over(self) -> None:
-        """Its processes are gone; the number of its session may become another's."""
+    def _release(self) -> None:
+        """Forget the session: all its processes have ended, and its id can be reused."""
         if self in COMMANDS:
             COMMANDS.remove(self)
         if self.private is not None:
@@ -128,7 +128,7 @@ class Command:
             self.private = None
 
     def check_nothing_left(self, patience: float = 10) -> None:
-        """Lost if processes of the session or its shared memory outlive the command."""
+        """Raise Lost if processes of the session, or their shared memory, outlive the command."""
         deadline = time.monotonic() + patience
         while True:
             processes = session_of(self.process.pid)
@@ -137,7 +137,7 @@ class Command:
             else:
                 files = {name for name in self.shared if (SHARED_MEMORY / name).exists()}
             if not processes and not files:
-                self._over()
+                self._release()
                 return
             if time.monotonic() > deadline:
                 self.end()
@@ -145,7 +145,7 @@ class Command:
             time.sleep(0.05)
 
     def check_one_line(self, *words: str) -> None:
-        """Lost unless the command ended in one line of error that has the words."""
+        """Raise Lost unless the command printed exactly one error line, which contains `words`."""
         text = self.text()
         errors = [line for line in text.splitlines() if line.startswith("Error: ")]
         if len(errors) != 1 or "Traceback" in text or not all(word in errors[0] for word in words):
@@ -153,7 +153,7 @@ class Command:
 
 
 def session_of(leader: int) -> list[int]:
-    """Process ids of a session, zombies left out."""
+    """Process ids of a session, without zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -173,9 +173,9 @@ def shared_memory_of(pid: int) -> set[str]:
 
 
 def count_down(number: int) -> None:
-    """Have this process kill itself (9) at its `number`-th change of the file system from here on.
+    """Make this process kill itself (-9) at its `number`-th change of the file system from now on.
 
-    Counted are syncs, renames, links, removals and new folders.
+    Changes are syncs, renames, links, removals and new folders.
     """
     left = number
 
@@ -194,13 +194,14 @@ def count_down(number: int) -> None:
 
 
 def die_at_call(script: str, number: int, arguments: list[str]) -> None:
-    """Run a script of this program that kills itself as `count_down` has it; in a process of its own."""
+    """Run a script of this program in this process, which kills itself as in `count_down`."""
     count_down(number)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 
 
 def dying(script: str, number: int, arguments: list[object]) -> list[object]:
+    """Arguments for the interpreter that run `die_at_call` in a new process."""
     call = f"die_at_call({script!r}, {number}, {list(map(str, arguments))!r})"
     found = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})"
     return ["-c", f"{found}; from faults.processes import die_at_call; {call}"]
@@ -208,7 +209,7 @@ def dying(script: str, number: int, arguments: list[object]) -> list[object]:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system in memory of `size` (as mount takes it) at `folder`; Skipped where that is not permitted."""
+    """Mount a file system of `size` (in mount's syntax) in memory at `folder`; Skipped if that is not permitted."""
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
@@ -222,6 +223,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def remount(folder: Path, options: str) -> None:
+    """Change the options of a small disk; Skipped if that is not permitted."""
     done = subprocess.run(["mount", "-o", f"remount,{options}", folder], capture_output=True, text=True)
     if done.returncode:
         raise Skipped(f"a small disk cannot be changed here ({done.stderr.strip()})")

@@ -1,4 +1,4 @@
-"""Every scenario by its name, with its usual number of faults, and how one is run."""
+"""The list of scenarios, each with its default number of faults, and the function that runs one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCENARIOS: dict[str, tuple[Callable[..., tuple[int, str]], int]] = {
 
 @dataclass
 class Result:
-    """One row of the table."""
+    """One row of the printed table."""
 
     name: str
     tries: int
@@ -44,9 +44,9 @@ class Result:
 
 
 def inject(name: str, tries: int | None = None, seed: int = 0, corpora: tuple[Path, ...] = ()) -> Result:
-    """Run one scenario, in a folder of its own that goes with it."""
-    function, usual = SCENARIOS[name]
-    tries = tries or usual
+    """Run one scenario in a temporary folder."""
+    function, default_tries = SCENARIOS[name]
+    tries = tries or default_tries
     began = time.monotonic()
     more = {"corpora": corpora} if function is hostile_images else {}
     with (

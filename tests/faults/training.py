@@ -1,4 +1,4 @@
-"""Faults in a training: kills, signals, dead readers, too little shared memory, a full disk."""
+"""Faults during training: kills, signals, dead readers, too little shared memory, a full disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from faults.processes import (
 
 
 def train_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """kill -9 in a training: it continues with --resume and ends with the weights of an uninterrupted one."""
+    """kill -9 during training: --resume continues and ends with the weights of an uninterrupted run."""
     data, whole = make_data(work), work / "whole"
     began = time.monotonic()
     _train_to_end(data, whole)
@@ -45,7 +45,7 @@ def train_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> 
         round_number += 1
         try:
             while not finished:
-                # the last kills of a round may come so late that nothing is left to kill
+                # the last kill of a round can come after the run has ended
                 kind = kinds[(done + kills) % len(kinds)] if done + kills < tries else ""
                 finished = not _killed(data, out, kind, life, draw)
                 if not finished:
@@ -63,7 +63,7 @@ def train_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> 
 
 
 def _killed(data: Path, out: Path, kind: str, life: float, draw: random.Random) -> bool:
-    """One process of a run, begun or resumed, and its death; False when it ended by itself and well."""
+    """Start or resume a run and kill it; False if it ended successfully before the kill."""
     arguments: list[object] = ["--data", data, "--out", out, *TRAIN]
     if list(out.glob("checkpoint-*.pt")):
         arguments.append("--resume")
@@ -74,7 +74,7 @@ def _killed(data: Path, out: Path, kind: str, life: float, draw: random.Random) 
         command = Command(["train.py", *arguments])
         deadline = time.monotonic() + (draw.uniform(0, 1.2 * life) if kind == "at any moment" else LIMIT)
         delay = draw.uniform(0, 0.2 if kind == "in a checkpoint's write" else 0.05)
-        skip = draw.randrange(3)  # of the moments to choose from
+        skip = draw.randrange(3)  # checkpoint writes to let pass before the kill
         while kind and command.running() and time.monotonic() < deadline:
             if kind == "in a checkpoint's write" and list(out.glob("*.pt.*.tmp")):
                 if skip == 0:
@@ -101,7 +101,7 @@ def _killed(data: Path, out: Path, kind: str, life: float, draw: random.Random) 
 
 
 def _validating(out: Path) -> bool:
-    """Whether the log ends with the last step of an epoch, whose validation is not there yet."""
+    """Whether the log ends with the last step of an epoch, which means that validation is running."""
     try:
         entry = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     except (OSError, ValueError, IndexError):
@@ -117,7 +117,7 @@ def _train_to_end(data: Path, out: Path, *more: object) -> None:
 
 
 def _outcome(run: Path) -> dict[str, Any]:
-    """Everything of a finished run that must not depend on what happened to it."""
+    """Everything of a finished run that must not depend on interruptions."""
     from model.training.checkpoint import Checkpoints, load
 
     if left := [path for path in run.glob(".*") if path.name != ".lock"]:
@@ -133,7 +133,7 @@ def _outcome(run: Path) -> dict[str, Any]:
 
 
 def _difference(a: Any, b: Any, path: str = "") -> str:
-    """Where two nests of dictionaries, lists, tensors and numbers differ first, bit for bit; "" nowhere."""
+    """Path of the first difference between two nested structures of tensors and numbers, bit for bit; or ""."""
     import torch
 
     if type(a) is not type(b):
@@ -151,7 +151,7 @@ def _difference(a: Any, b: Any, path: str = "") -> str:
 
 
 def signals(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """SIGTERM or SIGINT to a training: the step is finished and saved, exit code 75, and nothing changes."""
+    """SIGTERM or SIGINT during training: the run saves and exits with code 75, and the resumed run is identical."""
     data, whole = make_data(work), work / "whole-signals"
     _train_to_end(data, whole)
     wanted, passed = _outcome(whole), 0
@@ -162,7 +162,7 @@ def signals(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
                 break
             shutil.rmtree(out)
         else:
-            raise Lost("ten runs came to their end before a signal stopped one")
+            raise Lost("ten runs ended before a signal stopped one")
         _train_to_end(data, out, "--resume")
         if difference := _difference(_outcome(out), wanted):
             raise Lost(f"the resumed run differs in {difference}")
@@ -173,7 +173,7 @@ def signals(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
 
 
 def _stopped(data: Path, out: Path, which: signal.Signals, lines: int) -> bool:
-    """Send a run a signal when its log has so many lines; False when it came to its end all the same."""
+    """Send a run a signal when its log has `lines` lines; False if the run ended before it stopped."""
     command = Command(["train.py", "--data", data, "--out", out, *TRAIN])
     command.until(partial(_logged, out, lines))
     if command.running():
@@ -186,13 +186,13 @@ def _stopped(data: Path, out: Path, which: signal.Signals, lines: int) -> bool:
 
 
 def _logged(out: Path, lines: int) -> bool:
-    """Whether a run's log has so many lines."""
+    """Whether a run's log has at least `lines` lines."""
     log = out / "log.jsonl"
     return log.exists() and log.read_bytes().count(b"\n") >= lines
 
 
 def readers(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """A process that reads shards is killed in mid-epoch: one line, no hang, nothing left."""
+    """A reader process is killed in mid-epoch: one line, no hang, nothing left behind."""
     data, passed = make_data(work), 0
     longest = 0.0
     for number in range(tries):
@@ -212,11 +212,11 @@ def readers(work: Path, tries: int, draw: random.Random, tick: Progress) -> tupl
         shutil.rmtree(out)
         passed += 1
         tick()
-    return passed, f"over within {longest:.1f} s"
+    return passed, f"ended within {longest:.1f} s"
 
 
 def _readers(command: Command) -> list[int]:
-    """The reader processes of a training: spawned, but no ranks."""
+    """Process ids of the reader processes: spawned processes that do not load torch, unlike ranks."""
     found = []
     for pid in session_of(command.process.pid):
         with contextlib.suppress(OSError):
@@ -231,7 +231,7 @@ def _readers(command: Command) -> list[int]:
 def shared_memory(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
     """/dev/shm is too small, or fills up in mid-epoch: one line, no hang."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"]).returncode:
-        raise Skipped("a file system of its own needs `unshare -m`, which is not permitted here")
+        raise Skipped("a private /dev/shm needs `unshare -m`, which is not permitted here")
     data, passed = make_data(work), 0
     for number in range(tries):
         fill = number % 2 == 1
@@ -250,12 +250,12 @@ def shared_memory(work: Path, tries: int, draw: random.Random, tick: Progress) -
         command.hold_private()
         if fill:
             command.until(partial(_logged, out, 2))
-            # as the namespace sees it; whatever DALI's memory grows into next is not there any more
+            # in the command's namespace; then the next growth of DALI's memory fails
             _fill(Path(f"/proc/{command.process.pid}/root{SHARED_MEMORY}/{FILLER}"))
             deadline = time.monotonic() + 20
             while command.running() and time.monotonic() < deadline:
                 time.sleep(0.05)
-            if command.running():  # it needed no more than it had
+            if command.running():  # it did not need more memory
                 os.kill(command.process.pid, signal.SIGTERM)
                 if command.wait() != 75:
                     raise Lost(f"exit code {command.process.returncode}: {command.text()[-300:]!r}")
@@ -277,7 +277,7 @@ def _fill(path: Path) -> None:
 
 
 def full_disk(work: Path, tries: int, draw: random.Random, tick: Progress) -> tuple[int, str]:
-    """No room for the next checkpoint, and a read-only folder: one line; what is there is whole, and resumes."""
+    """No space for the next checkpoint, and a read-only folder: one line, and the existing checkpoints resume."""
     data, whole = make_data(work), work / "whole-disk"
     _train_to_end(data, whole)
     wanted, passed = _outcome(whole), 0
@@ -288,7 +288,7 @@ def full_disk(work: Path, tries: int, draw: random.Random, tick: Progress) -> tu
                 raise Lost(f"exit code {command.process.returncode}: {command.text()[-300:]!r}")
             command.check_one_line("No space left")
             if list((disk / "run").glob("*.pt.*.tmp")):
-                raise Lost("half a checkpoint is left")
+                raise Lost("a partial checkpoint is left behind")
             remount(disk, "size=2g")
             _train_to_end(data, disk / "run", "--resume")
             if difference := _difference(_outcome(disk / "run"), wanted):

@@ -1,4 +1,4 @@
-"""tools/ablate.py: two tiny claims end to end, a second call that runs nothing, figure 1, and the numbers."""
+"""tools/ablate.py: two small claims end to end, a second call that runs nothing, figure 1, and the numbers."""
 
 import json
 import math
@@ -15,13 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 from base.errors import ModelError
+from base.files import lock
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
 from tools import ablate
 from tools.ablation import figure1, jobs
 
 ROOT = Path(__file__).parents[2]
-# a crop of 63 pixels is the smallest that passes three pools
+# 63 pixels is the smallest crop that passes three pools
 TINY = ["--crop", "63", "--global-batch", "32", "--init", "torch", "--lr", "0.001"]
 
 
@@ -33,7 +34,7 @@ def command(data: Path, out: Path, *arguments: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Stopped by a signal once a run is finished, then gone on with."""
+    """An ablation that was stopped by a signal after its first run and then continued."""
     out = tmp_path_factory.mktemp("ablate") / "out"
     process = subprocess.Popen(command(dataset, out), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -41,7 +42,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=200)
-    assert process.returncode == 75 and "run the same command to continue" in errors, errors
+    assert process.returncode == 75 and "run the same command again to continue" in errors, errors
     early = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert 0 < len(early) < 6
     done = subprocess.run(command(dataset, out), cwd=ROOT, capture_output=True, text=True, timeout=240)
@@ -93,13 +94,13 @@ def test_a_second_call_runs_nothing(finished: tuple[Path, str], dataset: Path) -
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     again = [*command(dataset, out), "--dropout", "0.3"]
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1 and "was run with other options" in done.stderr
+    assert done.returncode == 1 and "holds a run with other options" in done.stderr
 
 
 def test_figure_1_stops_each_run_at_the_target(
     class_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On four classes that any network tells apart, in shards of 32x32."""
+    """On four classes that are easy to distinguish, in shards of 32x32."""
     for split in ("train", "val"):
         source = open_source(class_folders / split, split)
         build_split(source, tmp_path / "data", Options(size=32, encoding="raw"), workers=1)
@@ -130,13 +131,13 @@ def test_the_running_error_of_an_epoch_counts_every_step_once(tmp_path: Path) ->
         text.append(json.dumps(entry | ({} if error is None else {"error": error})))
     (tmp_path / "log.jsonl").write_text("\n".join(text) + '\n{"kind": "tr')
     assert jobs.epoch_errors(tmp_path) == pytest.approx([(4 * 0.5 + 2 * 0.2) / 6, (2 * 0.1 + 4 * 0.3) / 6])
-    # half of the way from the second epoch to the third
+    # halfway between the second and the third epoch
     assert jobs.reaches([0.45, 0.35, 0.15], 0.25) == pytest.approx(2.5)
     assert jobs.reaches([0.45, 0.35], 0.25) is None and jobs.reaches([0.2], 0.25) == 1
 
 
 def test_steps_to_learn_end_the_last_stay_at_the_level_of_guessing() -> None:
-    """The level is 0.95 of the entropy of the first epoch's labels, as its last line has it."""
+    """The threshold is 0.95 of the entropy of the first epoch's labels, from its last line."""
 
     def log(*losses: float) -> list[dict[str, object]]:
         lines: list[dict[str, object]] = [
@@ -157,28 +158,27 @@ def test_steps_to_learn_end_the_last_stay_at_the_level_of_guessing() -> None:
 
 
 def test_what_is_wrong_is_said_in_one_line(dataset: Path, tmp_path: Path) -> None:
-    def said(*arguments: object, code: int) -> str:
+    def ablate_output(*arguments: object, code: int) -> str:
         done = CliRunner().invoke(ablate.main, list(map(str, arguments)))
         assert done.exit_code == code, (done.output, done.exception)
         return done.output
 
-    assert "no claim lrm" in said(dataset, "--claims", "lrm", "--out", tmp_path / "a", code=2)
-    assert "give DATA" in said("--out", tmp_path / "a", code=2)
-    assert "no run of these claims no-lnr" in said(
+    assert "no claim lrm" in ablate_output(dataset, "--claims", "lrm", "--out", tmp_path / "a", code=2)
+    assert "give DATA" in ablate_output("--out", tmp_path / "a", code=2)
+    assert "no run of these claims no-lnr" in ablate_output(
         dataset, "--only", "no-lnr", "--out", tmp_path / "a", code=2
     )
-    assert "no activation rulu" in said(
+    assert "no activation rulu" in ablate_output(
         "--figure1", dataset, "--activations", "relu,rulu", "--out", tmp_path / "a", code=2
     )
-    assert "build_lmdb.py" in said(tmp_path / "none", "--out", tmp_path / "a", code=1)
-    with (
-        jobs.locked(tmp_path / "a"),
-        pytest.raises(ModelError, match="is at work"),
-        jobs.locked(tmp_path / "a"),
-    ):
-        pass
-    # a run that cannot train is named, and the table is made of the others
-    output = said(
+    assert "build_lmdb.py" in ablate_output(tmp_path / "none", "--out", tmp_path / "a", code=1)
+    (tmp_path / "a").mkdir()
+    with lock(tmp_path / "a" / ".lock", "not taken"):
+        assert "another tools/ablate.py" in ablate_output(
+            dataset, "--gpus", 0, "--out", tmp_path / "a", code=1
+        )
+    # a run that fails is reported, and the table has the others
+    output = ablate_output(
         dataset, "--out", tmp_path / "f", "--claims", "pool,ensemble", "--seeds", 1, "--epochs", 1, "--gpus", 0,
         "--", "--global-batch", 4096, code=1,
     )  # fmt: skip
@@ -192,7 +192,7 @@ def test_what_is_wrong_is_said_in_one_line(dataset: Path, tmp_path: Path) -> Non
 
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs and evaluations that take no time; the list of all that were started."""
+    """Runs and evaluations that take no time; returns the list of those that were started."""
     started: list[list[str]] = []
 
     def call(
@@ -216,7 +216,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def ablated(data: Path, out: Path, claims: str, *arguments: object, code: int = 0) -> str:
-    """What tools/ablate.py says, one epoch on the CPU, called in this process."""
+    """Run tools/ablate.py in this process with one epoch on the CPU; returns its output."""
     command = [data, "--out", out, "--claims", claims, "--epochs", 1, "--gpus", 0, *arguments]
     done = CliRunner().invoke(ablate.main, list(map(str, command)))
     assert done.exit_code == code, (done.output, done.exception)
@@ -233,15 +233,15 @@ def test_an_unfinished_run_goes_on_only_with_its_own_options(
         if not result:
             (tmp_path / "baseline/seed-0/result.json").unlink()
         for other in (["--dropout", "0.4"], [], ["--dropout", "0.3", "--pool", "2,2"]):
-            said = ablated(dataset, tmp_path, "lrn", *one, "--", *other, code=1)
-            assert "was run with other options" in said and "--dropout 0.3" in said
+            output = ablated(dataset, tmp_path, "lrn", *one, "--", *other, code=1)
+            assert "holds a run with other options" in output and "--dropout 0.3" in output
         assert not instant
-    # the same, said and computed otherwise
+    # the same options in other words, computed in another way
     same = ["--dropout=0.30", "--workers", "3", "--log-every", "7", "--pool", "3,2"]
     ablated(dataset / "train/..", tmp_path, "lrn", *one, "--threads", 1, "--", *same)
     (again,) = instant
     assert again[-1] == "--resume"
-    # nothing holds on to the options of a run that never got as far as a checkpoint
+    # a run without a checkpoint may be run again with other options
     (tmp_path / "baseline/seed-0/checkpoint-000000003.pt").unlink()
     (tmp_path / "baseline/seed-0/result.json").unlink()
     ablated(dataset, tmp_path, "lrn", *one)
@@ -284,7 +284,9 @@ def test_an_evaluation_is_of_the_networks_there_are(
     assert judged(1) == [paths[:1]]
 
 
-@pytest.mark.parametrize(("stop", "code", "said"), [(False, 1, "out of memory"), (True, 75, "to continue")])
+@pytest.mark.parametrize(
+    ("stop", "code", "message"), [(False, 1, "out of memory"), (True, 75, "to continue")]
+)
 def test_the_table_is_kept_when_the_evaluation_ends_early(
     dataset: Path,
     tmp_path: Path,
@@ -292,7 +294,7 @@ def test_the_table_is_kept_when_the_evaluation_ends_early(
     monkeypatch: pytest.MonkeyPatch,
     stop: bool,
     code: int,
-    said: str,
+    message: str,
 ) -> None:
     train, before = jobs.Workers.call, signal.getsignal(signal.SIGTERM)
 
@@ -308,7 +310,7 @@ def test_the_table_is_kept_when_the_evaluation_ends_early(
 
     monkeypatch.setattr(jobs.Workers, "call", call)
     output = ablated(dataset, tmp_path, "lrn,ensemble", "--seeds", 1, code=code)
-    assert said in output and "| no-lrn |" in (tmp_path / "table.md").read_text()
+    assert message in output and "| no-lrn |" in (tmp_path / "table.md").read_text()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -328,10 +330,10 @@ def test_shards_of_another_cifar_are_not_taken(
     archive.touch()
     assert figure1.cifar_shards(archive, tmp_path) == tmp_path / "cifar"
     assert figure1.cifar_shards(tmp_path / "cifar/../cifar.tar.gz", tmp_path) == tmp_path / "cifar"
-    with pytest.raises(ModelError, match="was not built of"):
+    with pytest.raises(ModelError, match="was built from another version"):
         figure1.cifar_shards(class_folders, tmp_path)
     archive.write_text("another")
-    with pytest.raises(ModelError, match="was not built of"):
+    with pytest.raises(ModelError, match="was built from another version"):
         figure1.cifar_shards(archive, tmp_path)
     with pytest.raises(ModelError, match="cannot read"):
         figure1.cifar_shards(tmp_path / "none", tmp_path)

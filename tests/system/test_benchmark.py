@@ -96,7 +96,7 @@ def test_a_gpu_run_shows_both_decoders() -> None:
 def measure(
     photographs: Path, out: Path, *words: str
 ) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
-    """The rows of a short run, and the process; `words` are stages and further options."""
+    """Run the benchmark briefly; returns its rows and the process. `words` are stages and other options."""
     short = (
         "import sys, tools.bench.core as c, tools.benchmark as b; c.BUILD_IMAGES = c.LOAD_IMAGES = 1;"
         "c.Bench.seconds.__defaults__ = (0.01,); b.main(sys.argv[1:])"

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import CRASH, OPTIONS, ROOT, tree, wait_until, write_parquet
+from helpers import CRASH, OPTIONS, ROOT, held_up, tree, wait_until, webdataset, write_parquet
 
 import pipeline.build.split
 from base.errors import DataError
-from pipeline.build.sources import open_source
+from pipeline.build.sources import find_splits, open_source
 from pipeline.build.split import build_split
 from pipeline.build.workers import Done
 from pipeline.shards import ShardWriter
@@ -93,16 +92,6 @@ def _start(scheduler: str, source: Path, out: Path, *more: str) -> subprocess.Po
     return subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
 
 
-@contextmanager
-def _held_up(out: Path, number: int) -> Iterator[Path]:
-    """A shard that cannot be written meanwhile: --resume starts this build, and it cannot end. Gives work/."""
-    work = out / "train.partial/work"
-    work.mkdir(parents=True)
-    with (work / f"shard-{number:05d}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield work
-
-
 @pytest.mark.parametrize(
     ("address", "exposed"),
     [
@@ -140,7 +129,7 @@ def test_a_worker_killed_in_mid_build_costs_nothing(
     scheduler: str, slow_folder: Path, tmp_path: Path, local: dict[str, bytes]
 ) -> None:
     victim = _pids(scheduler)[0]
-    with _held_up(tmp_path, 11) as work:
+    with held_up(tmp_path, 11) as work:
         process = _start(scheduler, slow_folder, tmp_path, "--resume")
         wait_until(lambda: any(work.glob("shard-*.npz")))
         os.kill(victim, signal.SIGKILL)
@@ -156,7 +145,7 @@ def test_a_worker_killed_in_mid_build_costs_nothing(
 def test_ctrl_c_stops_the_workers_and_resume_goes_on(
     scheduler: str, slow_folder: Path, tmp_path: Path, local: dict[str, bytes]
 ) -> None:
-    with _held_up(tmp_path, 11) as work:
+    with held_up(tmp_path, 11) as work:
         process = _start(scheduler, slow_folder, tmp_path, "--resume")
         wait_until(lambda: any(work.glob("shard-*.npz")))
         os.killpg(process.pid, signal.SIGINT)
@@ -171,22 +160,85 @@ def test_ctrl_c_stops_the_workers_and_resume_goes_on(
     assert tree(tmp_path / "train") == local
 
 
-def test_parquet_files_give_the_same_bytes_as_here(
-    scheduler: str, class_folders: Path, tmp_path: Path
+WNIDS = ("n01440764", "n01443537", "n02100735", "n02119789")
+Pictures = dict[str, list[bytes]]  # wnid -> JPEGs
+
+
+def _kaggle(root: Path, train: Pictures, val: Pictures) -> None:
+    base, rows, number = root / "ILSVRC/Data/CLS-LOC", ["ImageId,PredictionString"], 0
+    (base / "val").mkdir(parents=True)
+    for wnid in WNIDS:
+        (base / "train" / wnid).mkdir(parents=True)
+        for i, content in enumerate(train[wnid]):
+            (base / "train" / wnid / f"{wnid}_{i}.JPEG").write_bytes(content)
+        for content in val[wnid]:
+            number += 1
+            (base / f"val/ILSVRC2012_val_{number:08d}.JPEG").write_bytes(content)
+            rows.append(f"ILSVRC2012_val_{number:08d},{wnid} 1 2 3 4")
+    (root / "LOC_val_solution.csv").write_text("\n".join(rows))
+
+
+def _tiny_imagenet(root: Path, train: Pictures, val: Pictures) -> None:
+    (root / "val/images").mkdir(parents=True)
+    lines: list[str] = []
+    for wnid in WNIDS:
+        (root / f"train/{wnid}/images").mkdir(parents=True)
+        for i, content in enumerate(train[wnid]):
+            (root / f"train/{wnid}/images/{wnid}_{i}.JPEG").write_bytes(content)
+        for content in val[wnid]:
+            name = f"val_{len(lines)}.JPEG"
+            (root / "val/images" / name).write_bytes(content)
+            lines.append(f"{name}\t{wnid}\t0\t0\t9\t9\n")
+    (root / "val/val_annotations.txt").write_text("".join(lines))
+
+
+def _class_in_name(root: Path, train: Pictures, val: Pictures) -> None:
+    for split, pictures in (("train", train), ("val", val)):
+        (root / split).mkdir(parents=True)
+        for number, (wnid, content) in enumerate((w, c) for w in WNIDS for c in pictures[w]):
+            name = f"{wnid}_{number}.JPEG" if split == "train" else f"ILSVRC2012_val_{number:08d}_{wnid}.JPEG"
+            (root / split / name).write_bytes(content)
+
+
+def _webdataset(root: Path, train: Pictures, val: Pictures) -> None:
+    root.mkdir()
+    for split, pictures in (("train", train), ("validation", val)):
+        images = {f"{w}_{i}": content for w in WNIDS for i, content in enumerate(pictures[w])}
+        labels = {key: WNIDS.index(key[:9]) for key in images}
+        for part in range(2):
+            keys = list(images)[part::2]
+            tar = webdataset({key: images[key] for key in keys}, labels)
+            (root / f"in-{split}-{part:04d}.tar").write_bytes(tar)
+
+
+def _parquet(root: Path, train: Pictures, val: Pictures) -> None:
+    for split, pictures in (("train", train), ("validation", val)):
+        rows = [(content, None, label) for label, wnid in enumerate(WNIDS) for content in pictures[wnid]]
+        for part in range(2):
+            path = root / f"data/{split}-{part:05d}-of-00002.parquet"
+            write_parquet(path, rows[part::2], [f"the {wnid}" for wnid in WNIDS])
+
+
+@pytest.mark.parametrize("make", [_kaggle, _tiny_imagenet, _class_in_name, _webdataset, _parquet])
+def test_each_form_of_source_gives_the_same_bytes_as_here(
+    scheduler: str, class_folders: Path, tmp_path: Path, make: Callable[[Path, Pictures, Pictures], None]
 ) -> None:
-    folders = sorted((class_folders / "train").iterdir())
-    rows = [
-        (path.read_bytes(), None, label) for label, f in enumerate(folders) for path in sorted(f.iterdir())
-    ]
-    for number in range(2):
-        file = tmp_path / f"source/train-{number:05d}-of-00002.parquet"
-        write_parquet(file, rows[number::2], [folder.name for folder in folders])
-    source = open_source(tmp_path / "source", "train")
-    build_split(source, tmp_path / "local", OPTIONS, workers=1)
-    with cluster_module.Cluster(scheduler, tmp_path / "source", tmp_path) as cluster:
-        summary = build_split(source, tmp_path / "out", OPTIONS, workers=1, make_pool=cluster.pool)
-    assert summary.accepted == 96 and not summary.rejected
-    assert tree(tmp_path / "out/train") == tree(tmp_path / "local/train")
+    folders = sorted((class_folders / "val").iterdir())
+    pictures = {w: [p.read_bytes() for p in sorted(f.iterdir())] for w, f in zip(WNIDS, folders, strict=True)}
+    root = tmp_path / "source"
+    wnids: list[str] | None = None
+    make(root, {w: p[:4] for w, p in pictures.items()}, {w: p[4:] for w, p in pictures.items()})
+    counts = {}
+    with cluster_module.Cluster(scheduler, root, tmp_path) as cluster:
+        for split, path in find_splits(root).items():
+            source = open_source(path, split, train_wnids=wnids)
+            wnids = source.wnids
+            build_split(source, tmp_path / "local", OPTIONS, workers=1)
+            summary = build_split(source, tmp_path / "out", OPTIONS, workers=1, make_pool=cluster.pool)
+            assert not summary.rejected
+            counts[split] = summary.accepted
+    assert counts == {"train": 16, "val": 8}
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
 
 
 real_write_shard = pipeline.build.split.write_shard
@@ -205,7 +257,7 @@ def _write_shard_or_die(job: Any, report: Any) -> None:
     real = pipeline.build.split.prepare_bgr
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.build.split, "prepare_bgr", decoder)
-        patch.setattr(cluster_module, "SECONDS_AN_ITEM", 1.0)  # for a quick test
+        patch.setattr(cluster_module, "MAX_SECONDS_PER_ITEM", 1.0)  # for a quick test
         real_write_shard(job, report)
 
 
@@ -222,7 +274,7 @@ def test_files_that_kill_workers_are_rejected_as_on_one_machine(
     (folder / "rocket/slow.JPEG").write_bytes(HANG)
     source = open_source(folder, "val")
     monkeypatch.setattr(pipeline.build.split, "write_shard", _write_shard_or_die)
-    monkeypatch.setattr(pipeline.build.workers, "SECONDS_AN_ITEM", 1.0)
+    monkeypatch.setattr(pipeline.build.workers, "MAX_SECONDS_PER_ITEM", 1.0)
     build_split(source, tmp_path / "local", OPTIONS, workers=2)
     with distributed.Client(scheduler, set_as_default=False) as client:  # as a killed build leaves it
         client.run_on_scheduler(_set_failures, 0)
@@ -235,7 +287,7 @@ def test_files_that_kill_workers_are_rejected_as_on_one_machine(
         {"source": "coffee/evil.JPEG", "reason": "crashed the decoder"},
         {
             "source": "rocket/slow.JPEG",
-            "reason": f"takes more than {pipeline.build.split.SECONDS_AN_ITEM:.0f} s to decode",
+            "reason": f"takes more than {pipeline.build.split.MAX_SECONDS_PER_ITEM:.0f} s to decode",
         },
     ]
     assert tree(tmp_path / "val") == tree(tmp_path / "local/val")
@@ -272,7 +324,7 @@ class _Zombie(threading.Thread):
         assert self.held.wait(60)
 
     def run(self) -> None:
-        place = cluster_module._Place(self.path)
+        place = cluster_module._PositionFile(self.path)
         try:
             pipeline.build.split.write_shard(self.job, place.report)
         except DataError as error:
@@ -325,7 +377,7 @@ def test_a_job_of_a_killed_build_leaves_the_next_one_alone(
         build_split(source, tmp_path, OPTIONS, workers=1, make_pool=lambda *_: _Pool(killed))
     assert zombies[0].path.exists()
     build_split(source, tmp_path, other, workers=1, overwrite=True, make_pool=lambda *_: _Pool(write))
-    assert "nobody waits for this shard" in zombies[0].error
+    assert "the build that needed this shard has ended" in zombies[0].error
     assert tree(tmp_path / "val") == tree(tmp_path / "want/val")
 
 
@@ -351,7 +403,7 @@ def test_ctrl_c_takes_nothing_from_a_job_that_is_about_to_stop(
     left = [path.name.split(".")[0] + path.suffix for path in partial.glob("shard-*")]
     assert left == (["shard-00000.tmp"] if where == "before" else ["shard-00000"])
     zombies[0].finish()
-    assert "nobody waits for this shard" in zombies[0].error
+    assert "the build that needed this shard has ended" in zombies[0].error
     assert not list(partial.glob("*.tmp")) and not list(partial.glob("work/*.npz"))
     build_split(source, tmp_path, OPTIONS, workers=1, resume=True)
     assert tree(tmp_path / "val") == tree(tmp_path / "want/val")
@@ -366,7 +418,7 @@ def test_a_note_without_its_shard_is_not_believed(class_folders: Path, tmp_path:
             pipeline.build.split.write_shard(job, lambda _: None)
         os.truncate(tmp_path / "val.partial/shard-00001/data.mdb", 4096)
 
-    with pytest.raises(DataError, match="shard-00001 is not whole: continue with --resume"):
+    with pytest.raises(DataError, match="shard-00001 is incomplete: continue with --resume"):
         build_split(source, tmp_path, OPTIONS, workers=1, make_pool=lambda *_: _Pool(write))
     summary = build_split(source, tmp_path, OPTIONS, workers=1, resume=True)
     assert summary.resumed == 16
@@ -399,7 +451,7 @@ def test_few_jobs_are_under_way_at_once(scheduler: str, class_folders: Path, tmp
 
 def test_what_workers_cannot_see_is_said_before_any_work(scheduler: str, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"the worker tcp://.* cannot read .*nowhere: SOURCE has to be on"
+        DataError, match=r"the worker tcp://.* cannot read .*nowhere: SOURCE must be on"
     ) as error:
         cluster_module.Cluster(scheduler, tmp_path / "nowhere", tmp_path)
     assert "\n" not in error.value.message
@@ -411,17 +463,17 @@ def test_what_else_is_wrong_with_a_worker(tmp_path: Path, monkeypatch: pytest.Mo
     token = tmp_path / "token"
 
     def look(wanted: dict[str, str] = versions) -> str | None:
-        answer: str | None = cluster_module._look_around("/", str(token), wanted)
+        answer: str | None = cluster_module._check_worker("/", str(token), wanted)
         return answer
 
-    assert "OUT has to be on a file system that all workers share" in str(look())
+    assert "OUT must be on a file system that all workers share" in str(look())
     token.write_text("token")
-    assert "the lock of another machine is not seen" in str(look())
+    assert "it does not see the lock of another machine" in str(look())
     with token.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert look() is None
         for name in versions:
-            assert f"has {name} {versions[name]}, not 0, and would store" in str(
+            assert f"has {name} {versions[name]} instead of 0 and would store" in str(
                 look({**versions, name: "0"})
             )
 
@@ -453,11 +505,11 @@ def test_workers_with_several_threads_are_refused(class_folders: Path, tmp_path:
         with distributed.Client(local.scheduler_address, set_as_default=False) as client:  # joined later
             pool = cluster_module.ClusterPool(client, print, local.scheduler_address)
             with pytest.raises(DataError, match=wanted):
-                pool._look()
+                pool._update()
             serve = client.submit(cluster_module._serve, print, None, tmp_path, cluster_module._versions())
             assert serve.result(timeout=200) == (
-                "data error",
-                f"a worker that joined later {wanted}, and one worker a core with `--nworkers`",
+                "user error",
+                f"a worker that joined later {wanted}, and one worker per core with `--nworkers`",
             )
 
 
@@ -468,9 +520,9 @@ def test_a_build_without_workers_says_so_once(
     client: Any = SimpleNamespace(status="running", nthreads=dict)
     pool = cluster_module.ClusterPool(client, print, "tcp://host:1")
     for _ in range(3):
-        pool._looked = -1.0
-        pool._look()
-    said = "no worker is left, the build waits for one: start `dask worker tcp://host:1 --nthreads 1`"
+        pool._last_update = -1.0
+        pool._update()
+    said = "no worker is left, and the build waits for one: start `dask worker tcp://host:1 --nthreads 1`"
     assert capsys.readouterr().err.split("\n") == ["", said, ""]
 
 

@@ -23,13 +23,14 @@ import pipeline.build.split
 import pipeline.load.readers
 from base.errors import DataError, ModelError
 from model.training.checkpoint import Checkpoints, load
+from model.training.config import checkpoint_paths
 from model.training.precision import check_scale
 from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
 from pipeline.build.workers import Crashed, WorkerPool
 from pipeline.load.loader import train_loader
 from pipeline.load.plan import Plan
-from pipeline.load.readers import check_shared_memory, death
+from pipeline.load.readers import check_shared_memory, describe_death
 from pipeline.preprocess import Preprocess
 from pipeline.shards import Manifest, ShardReader
 
@@ -148,19 +149,21 @@ def test_a_dead_reader_is_an_error_at_the_next_batch(dataset: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("free", "first"), [(4096, "/dev/shm is too small"), (1 << 30, "a shard was cut")])
+@pytest.mark.parametrize(
+    ("free", "first"), [(4096, "/dev/shm is too small"), (1 << 30, "a shard was truncated")]
+)
 def test_the_likelier_reason_of_a_bus_error_comes_first(
     free: int, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline.load.readers, "_free_shared_memory", lambda: free)
-    said = death(-signal.SIGBUS)
+    said = describe_death(-signal.SIGBUS)
     assert f"died of SIGBUS: {first}" in said and "--shm-size" in said and "verify_lmdb" in said
 
 
 def test_what_killed_a_reader_is_said() -> None:
-    assert "out of memory" in death(-signal.SIGKILL)
-    assert "SIGSEGV" in death(-signal.SIGSEGV) and "verify_lmdb" in death(-signal.SIGSEGV)
-    assert "exit code 3" in death(3)
+    assert "out of memory" in describe_death(-signal.SIGKILL)
+    assert "SIGSEGV" in describe_death(-signal.SIGSEGV) and "verify_lmdb" in describe_death(-signal.SIGSEGV)
+    assert "exit code 3" in describe_death(3)
     with pytest.raises(DataError, match="--shm-size 1g, or --workers 0"):
         check_shared_memory(1 << 50, 3)
     check_shared_memory(1, 3)
@@ -215,10 +218,10 @@ def test_falling_back_names_what_it_passes_over(tmp_path: Path) -> None:
     said: list[str] = []
     for step in (1, 2):
         run.save(a_checkpoint(step))
-    run.paths()[0].write_bytes(b"cut")
+    checkpoint_paths(run.out)[0].write_bytes(b"cut")
     assert run.newest(fall_back=True, say=said.append)["step"] == 1
     assert len(said) == 1 and "checkpoint-000000002.pt is damaged" in said[0]
-    run.paths()[1].write_bytes(b"cut")
+    checkpoint_paths(run.out)[1].write_bytes(b"cut")
     with pytest.raises(ModelError, match=r"all 2 checkpoints .* are damaged"):
         run.newest(fall_back=True)
 
@@ -252,7 +255,7 @@ def _spin(job, report) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_a_worker_that_hangs_in_an_item_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.build.workers.SECONDS_AN_ITEM", 0.3)
+    monkeypatch.setattr("pipeline.build.workers.MAX_SECONDS_PER_ITEM", 0.3)
     with WorkerPool(_spin, 1) as pool:
         pool.submit(7, "hang")
         assert list(pool.events(lambda: None)) == [(7, Crashed(1, too_long=True))]

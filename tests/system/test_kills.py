@@ -1,13 +1,12 @@
 """Builds from one large file are killed, and continue where they were: the same bytes as without the kill."""
 
-import fcntl
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import OPTIONS, ROOT, tree, wait_until, webdataset, write_parquet
+from helpers import OPTIONS, ROOT, held_up, tree, wait_until, webdataset, write_parquet
 
 from pipeline.build.sources import open_source
 from pipeline.build.split import build_split
@@ -38,13 +37,9 @@ def test_parquet_and_webdataset_builds_resume_after_kill_9(
     source = open_source(tmp_path / "source", "train")
     build_split(source, tmp_path / "whole", OPTIONS, workers=1)
     out = tmp_path / "out"
-    work = out / "train.partial/work"
-    work.mkdir(parents=True)
     command = [sys.executable, str(ROOT / "tools/build_lmdb.py"), str(tmp_path / "source"), str(out)]
     options = ["--split", "train", "--size", "64", "--images-per-shard", "8", "--workers", "2", "--resume"]
-    # While one shard is locked the build cannot end, so the kill always falls into it.
-    with (work / "shard-00011.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with held_up(out, 11) as work:
         process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(lambda: len(list(work.glob("*.npz"))) >= 3)
         process.kill()

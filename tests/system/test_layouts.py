@@ -20,7 +20,7 @@ from model.training.evaluation import evaluate
 BATCH, SIZE, CLASSES, STEPS, HIDDEN = 8, 67, 5, 4, 32
 RATES = (0.02, 0.02, 0.01, 0.03)
 
-# a layout for each step; one that differs from the step before begins anew from what the other would save
+# a layout for each step; if it changes, the run is saved and resumed in between
 CASES: dict[str, dict[str, Any]] = {
     "paper-data": {"layouts": ["data"] * 4},
     "paper-hybrid": {"layouts": ["hybrid"] * 4},
@@ -77,7 +77,7 @@ def train(
     amp: torch.dtype | None = None,
     compress: bool = False,
 ) -> dict[str, Any]:
-    """A step of each layout as train.py does it; what the last one would save, the losses and an evaluation."""
+    """A step in each layout as in train.py; returns the last checkpoint, the losses and an evaluation."""
     dtype = torch.float64 if amp is None else torch.float32
     losses: list[float] = []
     saved: dict[str, Any] = {}
@@ -117,7 +117,7 @@ def train(
 
 
 def overflow(ranks: Ranks, kind: str, optimizer: str, on: tuple[int, ...]) -> tuple[bool, float]:
-    """A gradient overflows on the ranks `on`: whether any weight changed on any rank, and the new loss scale."""
+    """Let a gradient overflow on the ranks `on`; returns whether any weight changed, and the new loss scale."""
     layout, update = build(ranks, kind, "paper", optimizer, torch.float32)
     scaler = layout.grad_scaler(update, enabled=True)
     before = [p.detach().clone() for p in layout.network.parameters()]
@@ -153,7 +153,7 @@ def work(rank: int, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every case gives on each of two ranks."""
+    """The result of each case on each of two ranks."""
     out = tmp_path_factory.mktemp("layouts")
     mp.spawn(work, (str(out),), nprocs=2)
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]
@@ -168,7 +168,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ranks_take_the_steps_of_one(name: str, on_two: list[dict[str, Any]], small: None) -> None:
     case: dict[str, Any] = {**CASES[name], "layouts": ["data"] * STEPS, "accumulate": 1, "compress": False}
     one, two = train(Ranks(), **case), on_two[0][name]
-    # float64, so that nothing but rounding hides in the tolerance; of bfloat16 the order of sums shows
+    # in float64 the tolerance only covers rounding; in bfloat16 the order of sums matters
     close: dict[str, Any] = (
         {"rtol": 1e-9, "atol": 1e-10} if "amp" not in case else {"rtol": 0.02, "atol": 2e-3}
     )
@@ -186,7 +186,7 @@ def test_two_ranks_take_the_steps_of_one(name: str, on_two: list[dict[str, Any]]
     assert two["metrics"]["loss"] == pytest.approx(
         one["metrics"]["loss"], rel=1e-5 if "amp" not in case else 0.02
     )
-    # the network has moved, or all of this says nothing
+    # the network has changed, so that the comparison is meaningful
     start = build(Ranks(), "data", case.get("variant", "paper"), "sgd", torch.float64)[0].state_dict()
     moved = [not torch.allclose(start[k], one["model"][k].double()) for k in start if k.endswith("weight")]
     assert all(moved)
@@ -198,7 +198,7 @@ def test_all_ranks_save_the_same(on_two: list[dict[str, Any]]) -> None:
 
 
 def test_weights_are_held_once(on_two: list[dict[str, Any]], small: None) -> None:
-    """The slices make up the network: halves of everything but fc8's bias, or of the fully connected weights."""
+    """The slices are halves of all tensors except fc8's bias, or of the fully connected weights."""
     plain = AlexNet(CLASSES, image_size=SIZE)
     whole, last = sum(p.numel() for p in plain.parameters()), CLASSES
     convolutions = sum(p.numel() for p in plain.features.parameters())
@@ -226,7 +226,7 @@ def test_one_rank_has_the_plain_network_whatever_the_layout(small: None) -> None
 def test_what_cannot_be_laid_out_is_said() -> None:
     with pytest.raises(ModelError, match="for 2 ranks, not 4"):
         Layout(AlexNet(2, image_size=SIZE), "towers", Ranks(0, 4, 0, 4), BATCH)
-    with pytest.raises(ModelError, match="do not divide into 3 ranks"):
+    with pytest.raises(ModelError, match=r"cannot divide the .* into 3 ranks"):
         Layout(AlexNet(2, image_size=SIZE), "hybrid", Ranks(0, 3, 0, 3), 9)
     with pytest.raises(ModelError, match="this network has none"):
         Layout(AlexNet(2, "cifar-18pct", image_size=24), "hybrid", Ranks(0, 2, 0, 2), BATCH)
@@ -240,8 +240,8 @@ def test_what_cannot_be_laid_out_is_said() -> None:
         ({}, 1, 128, "data"),
         ({}, 2, 128, "hybrid"),
         ({}, 8, 1024, "hybrid"),
-        ({}, 8, 4096, "data"),  # so many activations are more than the weights
-        ({}, 3, 129, "data"),  # 4096 units do not divide
+        ({}, 8, 4096, "data"),  # with this batch there are more activations than weights
+        ({}, 3, 129, "data"),  # 4096 is not divisible by 3
         ({"variant": "owt"}, 2, 128, "hybrid"),
         ({"variant": "cifar-18pct", "image_size": 32}, 2, 128, "data"),
     ],

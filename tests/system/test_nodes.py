@@ -1,4 +1,4 @@
-"""Several nodes: torchrun between two network namespaces, which share nothing but a cable and a folder."""
+"""Several nodes: torchrun in two network namespaces that share only a connection and a folder."""
 
 import json
 import os
@@ -24,18 +24,18 @@ ENVIRONMENT |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def ip(*arguments: str, permitted: bool = True) -> None:
-    """Fails the test when `ip` fails; skips it where that is because it is not `permitted`."""
+    """Run `ip`; fails the test if it fails, or skips it if namespaces are not permitted."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode:
-        said = f"ip {' '.join(arguments)}: {done.stderr.strip()}"
+        output = f"ip {' '.join(arguments)}: {done.stderr.strip()}"
         if permitted:
-            pytest.fail(said)
-        pytest.skip(f"network namespaces may not be made here ({said})")
+            pytest.fail(output)
+        pytest.skip(f"network namespaces may not be made here ({output})")
 
 
 @pytest.fixture
 def nodes() -> Iterator[list[str]]:
-    """Names of two network namespaces joined by a veth pair, 10.77.0.1 and 10.77.0.2."""
+    """Names of two network namespaces connected by a veth pair, 10.77.0.1 and 10.77.0.2."""
     if not shutil.which("ip"):
         pytest.skip("the `ip` command is missing: apt-get install iproute2")
     names = [f"alexnet-{os.getpid()}-{i}" for i in range(2)]
@@ -57,13 +57,13 @@ def nodes() -> Iterator[list[str]]:
 
 
 def kill_node(name: str) -> None:
-    """kill -9 of everything that runs there: torchrun and its ranks."""
+    """Kill everything in a namespace with -9: torchrun and its ranks."""
     for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
         os.kill(int(pid), signal.SIGKILL)
 
 
 def start_node(names: list[str], i: int, data: Path, out: Path) -> subprocess.Popen[str]:
-    """torchrun on node `i`; the first one hosts the rendezvous."""
+    """Start torchrun on node `i`; the first one hosts the rendezvous."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"10.77.0.1:{PORT}", "--rdzv-id", out.name]
     # real nodes find out by their host name who hosts, but these two have the same; and a node counts as lost
@@ -82,19 +82,19 @@ def start_node(names: list[str], i: int, data: Path, out: Path) -> subprocess.Po
 
 
 def steps_logged(out: Path) -> list[dict[str, object]]:
-    """log.jsonl without what depends on the clock."""
+    """log.jsonl without times."""
     path = out / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in lines]
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    said = [process.communicate(timeout=200)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
-    return said
+    output = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(output)
+    return output
 
 
-@pytest.mark.timeout(600)  # a machine that does other work as well takes minutes
+@pytest.mark.timeout(600)  # a busy machine takes minutes
 def test_a_node_that_is_killed_and_comes_back_changes_nothing(
     nodes: list[str], dataset: Path, tmp_path: Path
 ) -> None:
@@ -102,17 +102,17 @@ def test_a_node_that_is_killed_and_comes_back_changes_nothing(
     finish([start_node(nodes, i, dataset, whole) for i in range(2)])
     survivor, victim = (start_node(nodes, i, dataset, killed) for i in range(2))
     deadline = time.monotonic() + 150
-    # past a checkpoint, and past some steps that it does not hold
+    # some steps after a checkpoint
     while not any(entry["step"] == 6 for entry in steps_logged(killed)):
         assert time.monotonic() < deadline and survivor.poll() is None
         time.sleep(0.01)
     kill_node(nodes[1])
     assert victim.wait(30) == -signal.SIGKILL
     assert newest(killed)["step"] < newest(whole)["step"] == 12
-    said, _ = finish([survivor, start_node(nodes, 1, dataset, killed)])
-    assert "Error" in said  # the survivor's rank lost its peer, and was started again
+    output, _ = finish([survivor, start_node(nodes, 1, dataset, killed)])
+    assert "Error" in output  # the other node's rank lost its peer and was restarted
     assert newest(killed)["step"] == 12
     assert same_weights(newest(killed), newest(whole))
-    # every step once, with the same loss, learning rate and validation
+    # each step once, with the same loss, learning rate and validation
     assert steps_logged(killed) == steps_logged(whole)
     assert [e["step"] for e in steps_logged(killed) if e["kind"] == "train"] == list(range(1, 13))

@@ -1,4 +1,4 @@
-"""Trainings with switches turned: what resumes, what is refused, what the tools make of the checkpoints."""
+"""Runs with changed switches: resuming, refusals, and the checkpoints in the tools."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from helpers import run_train, train_error
 
 from model.parallel.ranks import Ranks
 from model.training.checkpoint import Checkpoints, load
+from model.training.config import checkpoint_paths
 from pipeline.shards import ShardReader
 from tools.lib.runs import load_run
 from tools.lib.scores import judge
@@ -39,7 +40,7 @@ def run(data: Any, out: Any, *arguments: Any) -> None:
 
 @pytest.fixture(scope="module")
 def switched(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run of two epochs with everything turned."""
+    """A run of two epochs with all switches changed."""
     out = tmp_path_factory.mktemp("runs") / "switched"
     arguments = ["--no-lrn", "--groups", 1, "--pool", "2,2", "--drop-layer", "conv3", "--activation", "tanh"]
     run(dataset, out, "--epochs", 2, *arguments, *MODERN, "--train-error")
@@ -51,7 +52,7 @@ def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched: 
     assert saved["network"] == {
         "activation": "tanh", "groups": 1, "lrn": False, "pool": [2, 2], "drop_layers": ["conv3"],
     }  # fmt: skip
-    trained = load_run(Checkpoints(switched).paths()[0])
+    trained = load_run(checkpoint_paths(switched)[0])
     assert "conv3" not in dict(trained.network.features.named_children())
     for key, value in trained.network.state_dict().items():
         assert torch.equal(value, saved["ema"]["model"][key])
@@ -68,13 +69,13 @@ def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched: 
 def test_mixup_and_averaging_resume_in_mid_epoch_bit_for_bit(
     switched: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """The checkpoint of step 4, in the middle of the second epoch, leads to the same weights and averages."""
+    """From step 4, in the middle of the second epoch, to the same weights and averages."""
     arguments = ["--no-lrn", "--groups", 1, "--pool", "2,2", "--drop-layer", "conv3", "--activation", "tanh"]
     out = tmp_path / "part"
     options = ["--epochs", 2, *arguments, *MODERN, "--train-error", "--save-every", 4]
     run(dataset, out, *options)
     shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    for path in Checkpoints(out).paths():
+    for path in checkpoint_paths(out):
         if load(path)["step"] > 4:
             path.unlink()
     assert Checkpoints(out).newest()["step"] == 4
@@ -99,7 +100,7 @@ def test_a_resume_with_other_switches_is_refused(switched: Path, dataset: Path, 
     shutil.copytree(switched, out)
     for option, name in ((["--lrn"], "lrn"), (["--groups", 2], "groups"), (["--ema", 0.5], "ema")):
         assert f"has {name} " in train_error("--data", dataset, "--out", out, "--resume", *option)
-    # also where the config was changed by hand: the checkpoint itself knows
+    # even if config.json was edited, because the checkpoint has the options, too
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"pool": "3,2"}))
     assert "has network {" in train_error("--data", dataset, "--out", out, "--resume")

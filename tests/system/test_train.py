@@ -1,4 +1,4 @@
-"""train.py as a user runs it: learns, resumes bit for bit, and says in one line what is wrong."""
+"""train.py as a user runs it: it learns, resumes bit for bit, and reports errors in one line."""
 
 import csv
 import json
@@ -17,16 +17,17 @@ from faults.processes import shared_memory_of
 from helpers import ROOT, newest, same_weights, train_command, train_error
 from helpers import run_train as run
 
-from model.training.checkpoint import Checkpoints, load
+from model.training.checkpoint import load
+from model.training.config import checkpoint_paths
 from model.training.log import Log
 
-# one small, quick network: images of 67 pixels' crop pass all three pools
+# small and fast: crops of 67 pixels pass all three pools
 SMALL = ["--gpus", "0", "--crop", "96", "--global-batch", "16", "--workers", "0", "--log-every", "2"]
 SMALL += ["--no-progress", "--no-tensorboard", "--decode-threads", "1"]
 
 
 def epoch_losses(out: Any) -> Any:
-    """metrics.csv's loss of each epoch, and the mean over its steps by log.jsonl."""
+    """Each epoch's loss in metrics.csv, and the mean over its steps in log.jsonl."""
     rows = list(csv.DictReader((out / "metrics.csv").open()))
     sums: dict[int, tuple[float, int]] = {}
     before = 0
@@ -42,8 +43,8 @@ def epoch_losses(out: Any) -> Any:
 def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An uninterrupted run of two epochs."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    said = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
-    chosen, first, timing, second, *_ = said.splitlines()
+    output = run("--data", dataset, "--out", out, "--epochs", 2, *SMALL).stdout
+    chosen, first, timing, second, *_ = output.splitlines()
     assert chosen.startswith("96 training images: torch's initial weights, batches of 16, rate 0.0035")
     assert re.fullmatch(r"at [\d,]+ images/s an epoch takes .+ checkpoints of \d+ MB take .+", timing)
     assert re.fullmatch(r"training on 1 x \d+ CPU threads, in (float32|bfloat16)", first)
@@ -73,8 +74,8 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole: Path, dataset: Pa
     process = subprocess.Popen(train_command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for_log(out)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and "--resume" in said
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in output
     stopped = newest(out)
     assert 0 < stopped["step"] < newest(whole)["step"]
     run(*arguments, "--resume")
@@ -86,14 +87,14 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole: Path, dataset: Pa
         for o in (out, whole)
     ]
     assert vals[0] == vals[1]
-    # the stop cut a line of the log in two, and the epoch's mean stays
+    # a log line was cut in two by the stop; the epoch's mean is still the same
     found, wanted = epoch_losses(out)
     assert found == pytest.approx(wanted, rel=1e-9)
     assert found == pytest.approx(epoch_losses(whole)[0], rel=1e-6)
 
 
 def test_an_epochs_loss_from_a_damaged_log(tmp_path: Path) -> None:
-    """What is left of the epoch counts; what was put together wrongly does not."""
+    """The remaining lines of the epoch count; lines that are out of order do not."""
 
     def line(kind: Any, epoch: Any, step: Any, loss: Any) -> Any:
         more = {"top1": 0.5, "top5": 0.9} if kind == "val" else {}
@@ -110,7 +111,9 @@ def test_an_epochs_loss_from_a_damaged_log(tmp_path: Path) -> None:
             "train", epoch=0, step=at + 10, steps=10, loss=1.0, images_per_s=1.0, lr=0.01, data_wait=0.0
         )
         log.write("val", epoch=0, step=at + 10, loss=2.0, top1=0.5, top5=0.9)
-        log.write("val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9)  # its training lines are lost
+        log.write(
+            "val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9
+        )  # its training lines are missing
         log.close()
         rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
         assert [float(row["loss"]) for row in rows if row["loss"]] == pytest.approx(wanted)
@@ -133,8 +136,8 @@ def test_two_ranks_stop_together_and_one_goes_on(whole: Path, dataset: Path, tmp
     ):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 75 and "--resume" in said, errors
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in output, errors
     assert "Traceback" not in errors
     assert 0 < newest(out)["step"] < newest(whole)["step"]
     run(*arguments, "--resume")
@@ -157,13 +160,13 @@ def test_two_ranks_follow_the_same_curve_as_one(two_ranks: Path, dataset: Path, 
 
 
 def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks: Path, dataset: Path, tmp_path: Path) -> None:
-    """An epoch in the hybrid layout, one in towers: as two epochs of data parallelism."""
+    """One epoch in layout hybrid and one in towers equal two epochs of data parallelism."""
     arguments = ["--data", dataset, "--out", tmp_path / "l", "--cpu-ranks", 2, "--amp", "off", *SMALL]
     run(*arguments, "--epochs", 1, "--layout", "hybrid")
     run(*arguments, "--epochs", 2, "--layout", "towers", "--resume")
-    mine, theirs = newest(tmp_path / "l"), newest(two_ranks)
+    ours, theirs = newest(tmp_path / "l"), newest(two_ranks)
     for key in theirs["model"]:
-        torch.testing.assert_close(mine["model"][key], theirs["model"][key], atol=5e-5, rtol=1e-3)
+        torch.testing.assert_close(ours["model"][key], theirs["model"][key], atol=5e-5, rtol=1e-3)
     logs = [
         [json.loads(x) for x in (o / "log.jsonl").read_text().splitlines() if "guessing" not in x]
         for o in (tmp_path / "l", two_ranks)
@@ -176,7 +179,7 @@ def test_a_run_changes_its_layout_and_keeps_its_curve(two_ranks: Path, dataset: 
 def test_torchrun_restarts_a_run_from_its_last_checkpoint(
     two_ranks: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """One rank is killed; the launcher starts all ranks anew with the same command line."""
+    """One rank is killed; the launcher restarts all ranks with the same command line."""
     out = tmp_path / "elastic"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
@@ -189,14 +192,14 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(
         text=True,
     )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(Checkpoints(out).paths()) < 2:
+    while time.monotonic() < deadline and len(checkpoint_paths(out)) < 2:
         time.sleep(0.01)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert len(ranks) == 2
     os.kill(int(ranks[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert json.loads((out / "config.json").read_text())["resume"] is True  # of the second start
+    assert json.loads((out / "config.json").read_text())["resume"] is True  # from the second start
     assert same_weights(newest(out), newest(two_ranks))
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == newest(out)["step"] == 12
@@ -234,7 +237,7 @@ def test_a_config_repeats_its_run(whole: Path, dataset: Path, tmp_path: Path) ->
 
 
 def test_weights_and_biases_get_every_curve(dataset: Path, tmp_path: Path) -> None:
-    """Against a stand-in for the package, which is an extra and wants an account."""
+    """With a substitute for the package, which needs an account."""
     (tmp_path / "wandb.py").write_text(
         "import json\n"
         "def init(**options):\n    note(['init', options['name'], options['config']['lr']])\n"
@@ -257,7 +260,7 @@ def test_weights_and_biases_get_every_curve(dataset: Path, tmp_path: Path) -> No
 
 
 def wait_for_log(out: Any) -> None:
-    """Until the first line of the log is written."""
+    """Wait until the log has its first line."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
         (out / "log.jsonl").exists() and (out / "log.jsonl").read_text()
@@ -294,7 +297,7 @@ def test_what_is_wrong_is_said_in_one_line(whole: Path, dataset: Path, tmp_path:
     error = train_error(*data, "--out", tmp_path / "b", *SMALL, "--global-batch", 4096)
     assert "fewer than one global batch" in error
     error = train_error(*data, "--out", tmp_path / "c", *SMALL, "--cpu-ranks", 3, code=2)
-    assert "does not divide" in error
+    assert "is not divisible" in error
     towers = ["--cpu-ranks", 2, "--layout", "towers"]
     error = train_error(*data, "--out", tmp_path / "c", *SMALL, *towers, "--compress", code=2)
     assert "averages no gradients" in error
@@ -309,7 +312,7 @@ def test_what_is_wrong_is_said_in_one_line(whole: Path, dataset: Path, tmp_path:
 def test_a_damaged_checkpoint_is_refused_by_name(whole: Path, dataset: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "run"
     damaged.mkdir()
-    newest_path = Checkpoints(whole).paths()[0]
+    newest_path = checkpoint_paths(whole)[0]
     content = bytearray(newest_path.read_bytes())
     content[len(content) // 2] ^= 1
     (damaged / newest_path.name).write_bytes(content)
@@ -323,7 +326,7 @@ def test_falling_back_on_the_checkpoint_before_changes_nothing(
 ) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    paths = Checkpoints(whole).paths()
+    paths = checkpoint_paths(whole)
     for path in [*paths, whole / "config.json", whole / "log.jsonl"]:
         os.link(path, out / path.name)
     content = bytearray(paths[0].read_bytes())
@@ -332,14 +335,14 @@ def test_falling_back_on_the_checkpoint_before_changes_nothing(
     (out / paths[0].name).write_bytes(content)
     assert "--fall-back" in train_error("--data", dataset, "--out", out, "--resume")
     done = run("--data", dataset, "--out", out, "--resume", "--fall-back")
-    assert "passed over" in done.stdout and paths[0].name in done.stdout
+    assert "skipped: " in done.stdout and paths[0].name in done.stdout
     assert same_weights(newest(out), newest(whole))
 
 
 def test_a_damaged_config_is_not_taken_for_the_defaults(whole: Path, dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    os.link(Checkpoints(whole).paths()[0], out / "checkpoint-000000012.pt")
+    os.link(checkpoint_paths(whole)[0], out / "checkpoint-000000012.pt")
     (out / "config.json").write_text((whole / "config.json").read_text()[:99])
     assert "is not a config.json of a run" in train_error("--data", dataset, "--out", out, "--resume")
 
@@ -369,7 +372,7 @@ def test_a_gpu_trains_and_resumes(dataset: Path, tmp_path: Path, extra: Any) -> 
 
 
 def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
-    """The terminal sends SIGINT to every process of the command, the readers included."""
+    """The terminal sends SIGINT to all processes of the command, including the readers."""
     out = tmp_path / "c"
     arguments = ["--data", dataset, "--out", out, "--epochs", 50, *SMALL, "--workers", "1"]
     process = subprocess.Popen(
@@ -382,8 +385,8 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset: Path, tmp_pat
     )
     wait_for_log(out)
     os.killpg(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 75 and "--resume" in said, errors
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "--resume" in output, errors
     assert "Traceback" not in errors
     assert newest(out)["step"] > 0
 
@@ -402,7 +405,7 @@ def test_no_process_outlives_a_run(dataset: Path, tmp_path: Path) -> None:
     group = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
     shared = set.union(*(shared_memory_of(int(pid)) for pid in group))
     assert len(group) > 1 and shared
-    process.kill()  # no chance to tidy up: DALI's readers must notice by themselves
+    process.kill()  # the trainer cannot clean up: its readers must notice
     process.wait()
     for _ in range(100):
         left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout

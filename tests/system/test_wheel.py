@@ -1,4 +1,4 @@
-"""The wheel, installed beside nothing of the repository: every command answers, and a training runs."""
+"""The wheel, installed without the repository: all commands and a training run."""
 
 import subprocess
 import sys
@@ -23,9 +23,9 @@ def run(*arguments: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bin/ of a virtual environment that holds the wheel, and sees the other packages of this one."""
+    """bin/ of a virtual environment with the wheel and this environment's other packages."""
     folder = tmp_path_factory.mktemp("wheel")
-    # from the files that git knows: setuptools would also take what an earlier build left
+    # from the files in git, because setuptools would include files of an earlier build
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("needs the repository to build a wheel")
@@ -48,7 +48,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_kernels(installed: Path) -> None:
-    """Without the .cpp files an installed trainer would do without them, with a warning and much slower."""
+    """Without the .cpp files, an installed trainer would warn and be much slower."""
     (native,) = installed.parent.glob("lib/python*/site-packages/native")
     sources = {path.name for path in (ROOT / "native").iterdir() if path.suffix in (".cpp", ".h")}
     assert sources and sources <= {path.name for path in native.iterdir()}
@@ -71,8 +71,8 @@ def test_every_command_answers(installed: Path, tmp_path: Path, command: str) ->
 def test_a_recipe_trains_from_another_folder(installed: Path, dataset: Path, tmp_path: Path) -> None:
     small = ["--gpus", 0, "--crop", 67, "--global-batch", 48, "--epochs", 1, "--workers", 1, "--no-progress"]
     options = ["--recipe", "paper", "--data", dataset, "--out", "run", *small, "--warmup-epochs", 0]
-    said = run(installed / "alexnet-train", *options, cwd=tmp_path)
-    assert "epoch 1: train loss" in said
+    output = run(installed / "alexnet-train", *options, cwd=tmp_path)
+    assert "epoch 1: train loss" in output
     assert (tmp_path / "run/checkpoint-000000002.pt").exists()
     judged = run(installed / "alexnet-evaluate", "run", "--gpus", 0, "--no-progress", cwd=tmp_path)
     assert "run/best.pt" in judged

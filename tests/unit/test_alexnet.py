@@ -1,4 +1,4 @@
-"""The network against references written with torch's functions alone, torchvision, and the paper's numbers."""
+"""The network against references that use only torch's functions, torchvision, and the paper's numbers."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def net() -> AlexNet:
 
 
 def reference(w: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Figure 2 of the paper; torch's LRN divides alpha by its window of 5. Returns (fc7, fc8)."""
+    """Figure 2 of the paper; returns (fc7, fc8). torch's LRN divides alpha by the window's size of 5."""
 
     def convolve(layer: int, x: torch.Tensor, **how: int) -> torch.Tensor:
         return F.relu(F.conv2d(x, w[f"features.conv{layer}.weight"], w[f"features.conv{layer}.bias"], **how))
@@ -61,7 +61,7 @@ def test_parameters_are_as_many_as_the_papers(net: AlexNet) -> None:
 
 
 def test_forward_is_the_papers_network(net: AlexNet) -> None:
-    x = images(2) * 50  # large enough for the normalisation to matter
+    x = images(2) * 50  # large enough for normalisation to matter
     fc7, logits = reference(net.state_dict(), x)
     torch.testing.assert_close(net(x), logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(net.forward_features(x), fc7, rtol=1e-4, atol=1e-4)
@@ -106,7 +106,7 @@ def test_every_map_stays_channels_last(variant: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         net(images(2)).float().sum().backward()
     assert len(maps) == len(gradients) == len(net.features)
-    gradients.pop(0)  # of pool5, whose 6x6 maps are flattened in the order that torchvision's fc6 expects
+    gradients.pop(0)  # the 6x6 maps of pool5 are flattened in the order that torchvision's fc6 expects
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps + gradients)
 
 
@@ -150,7 +150,7 @@ def test_other_image_sizes(variant: str, size: int, stride: int) -> None:
         ({"activation": "gelu"}, "choose one of relu, tanh, sigmoid"),
         ({"groups": 3}, "groups is 3"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"drop_layers": ("conv1", "conv3")}, "cannot drop conv1: only conv2"),
+        ({"drop_layers": ("conv1", "conv3")}, "cannot omit conv1: choose from conv2"),
         ({"variant": "cifar-18pct", "groups": 2}, "variant cifar-18pct has no groups"),
         ({"num_classes": 0}, "num_classes 0"),
         ({"pool": (3, 0)}, "at least 1"),
@@ -185,7 +185,7 @@ def test_dropout_rate(p: float) -> None:
     kept = mask(p=p).double()
     deviation = (p * (1 - p)) ** 0.5
     assert abs(kept.mean() - (1 - p)) < 5 * deviation / kept.numel() ** 0.5
-    # Each row and each unit as well: five standard deviations in thousands of draws.
+    # also for each row and each unit, within five standard deviations
     assert (kept.mean(1) - (1 - p)).abs().max() < 5 * deviation / 4096**0.5
     assert (kept.mean(0) - (1 - p)).abs().max() < 5 * deviation / 128**0.5
 
@@ -209,9 +209,9 @@ def test_dropout_masks_of_other_steps_layers_and_rows_are_independent(other: dic
 def test_dropout_rows_and_units_are_independent() -> None:
     kept = mask(rows=256, units=256).double() * 2 - 1
     for products in (kept @ kept.T, kept.T @ kept):
-        # Sums of 256 signs: deviation 16; the largest of 32,640 pairs stays below 5.5 of them.
+        # sums of 256 signs have deviation 16; the largest of 32,640 pairs is below 5.5 deviations
         assert (products - torch.diag(products.diag())).abs().max() < 5.5 * 16
-    # Neighbours, where a weak hash shows first.
+    # neighbours, for which a weak hash is correlated first
     for a, b in ((kept[1:], kept[:-1]), (kept[:, 1:], kept[:, :-1])):
         assert (a * b).mean().abs() < 5 / a.numel() ** 0.5
 
@@ -225,7 +225,7 @@ def test_dropout_does_not_depend_on_how_the_batch_is_split(parts: int) -> None:
 
 
 def test_dropout_mask_is_pinned() -> None:
-    """The masks of a run must not change between versions, or it could not be resumed bit for bit."""
+    """Masks must not change between versions, because runs could not be resumed bit for bit."""
     assert ["".join(map(str, row)) for row in mask(rows=2, units=32).int().tolist()] == [
         "00110001100111000001010000000111",
         "11000010011111011010101110111110",
@@ -301,6 +301,6 @@ def test_dropout_is_the_same_on_the_gpu() -> None:
 
 
 def test_a_pool_larger_than_all_images_is_refused_at_once() -> None:
-    """A stranger's checkpoint may name it: there is no size to be found."""
+    """A malicious checkpoint may have such a pool; no image size is large enough."""
     with pytest.raises(ModelError, match="use a smaller stride"):
         AlexNet(2, pool=(3, 10**9))

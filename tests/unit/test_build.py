@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import CRASH, OPTIONS, ROOT, tree, wait_until
+from helpers import CRASH, OPTIONS, ROOT, held_up, tree, wait_until
 
 import pipeline.build.split
-import pipeline.build.workspace
-from base.errors import DataError
+from base.errors import DataError, UserError
+from base.files import lock
 from pipeline.build.images import prepare
 from pipeline.build.sources import find_splits, not_read, open_source
 from pipeline.build.split import Options, build_split
@@ -100,7 +100,7 @@ def test_odd_files_are_counted_and_named(class_folders: Path, tmp_path: Path) ->
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "raw/a").mkdir(parents=True)
     (tmp_path / "raw/a/x.JPEG").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"none of the 1 images .* a/x.JPEG: not a JPEG"):
+    with pytest.raises(DataError, match=r"none of the 1 images .* a/x.JPEG \(not a JPEG"):
         build_split(open_source(tmp_path / "raw", "train"), tmp_path, OPTIONS, workers=1)
 
 
@@ -127,12 +127,12 @@ def slow_folders(class_folders: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_resume_after_kill_9_equals_an_undisturbed_build(
     slow_folders: Path, tmp_path: Path, expected: dict[str, bytes], when: int
 ) -> None:
-    command, quiet = _command(slow_folders, tmp_path), subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
-    work = tmp_path / "train.partial/work"
-    wait_until(lambda: (work / "build.json").exists() and len(list(work.glob("*.npz"))) >= when)
-    process.kill()
-    process.wait()
+    command, quiet = _command(slow_folders, tmp_path, "--resume"), subprocess.DEVNULL
+    with held_up(tmp_path, 11) as work:
+        process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
+        wait_until(lambda: (work / "build.json").exists() and len(list(work.glob("*.npz"))) >= when)
+        process.kill()
+        process.wait()
     assert not (tmp_path / "train").exists()
     finished = {path.name: path.stat().st_mtime_ns for path in work.glob("shard-*.npz")}
     source = open_source(slow_folders / "train", "train")
@@ -153,16 +153,17 @@ def test_resume_after_kill_9_equals_an_undisturbed_build(
 
 
 def test_ctrl_c_is_one_line_and_leaves_no_process(slow_folders: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        _command(slow_folders, tmp_path),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_until(lambda: any((tmp_path / "train.partial").glob("work/shard-*.npz")))
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=200)
+    with held_up(tmp_path, 11) as work:
+        process = subprocess.Popen(
+            _command(slow_folders, tmp_path, "--resume"),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        wait_until(lambda: any(work.glob("shard-*.npz")))
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=200)
     assert process.returncode == 130
     assert "Traceback" not in errors and errors.splitlines()[-1] == "Interrupted: continue with --resume."
 
@@ -173,7 +174,26 @@ def test_ctrl_c_is_one_line_and_leaves_no_process(slow_folders: Path, tmp_path: 
             return True
         return False
 
-    wait_until(group_is_gone, 10)
+    wait_until(group_is_gone)
+
+
+def test_ctrl_c_does_not_reach_a_worker_that_starts(tmp_path: Path) -> None:
+    """The module of the job interrupts the fork server that imports it, and the job its worker."""
+    (tmp_path / "interrupting.py").write_text(
+        "import multiprocessing, os, signal, sys\n"
+        "if 'forkserver' in ' '.join(sys.orig_argv): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def double(job, report): os.kill(os.getpid(), signal.SIGINT); return 2 * job\n"
+    )
+    code = (
+        "import interrupting; from pipeline.build.workers import WorkerPool\n"
+        "with WorkerPool(interrupting.double, 2) as pool:\n"
+        "    for job in range(4): pool.submit(job, job)\n"
+        "    print(sorted((number, event.result) for number, event in pool.events(lambda: None)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[(0, 0), (1, 2), (2, 4), (3, 6)]\n", "")
 
 
 def test_a_kill_at_the_very_end_is_finished_by_resume(
@@ -271,7 +291,7 @@ def test_a_source_is_not_its_own_output(class_folders: Path, tmp_path: Path) -> 
     shutil.copytree(class_folders, tmp_path / "photos")
     before = tree(tmp_path / "photos")
     result = CliRunner().invoke(build, [str(tmp_path / "photos"), str(tmp_path / "photos"), "--overwrite"])
-    assert result.exit_code == 1 and "name another OUT" in result.output
+    assert result.exit_code == 1 and "give another OUT" in result.output
     assert tree(tmp_path / "photos") == before
 
 
@@ -280,7 +300,7 @@ def test_folders_that_may_have_been_meant_are_named(class_folders: Path, tmp_pat
         shutil.copytree(class_folders / split, tmp_path / "photos" / name)
     options = [str(tmp_path / "out"), "--workers", "2", "--size", "32"]
     result = CliRunner().invoke(build, [str(tmp_path / "photos"), *options])
-    assert result.exit_code == 0 and "holds validation beside train: not read" in result.output
+    assert result.exit_code == 0 and "also holds validation, which is not read" in result.output
     assert f"{len(list((class_folders / 'train').iterdir()))} classes" in result.output
     shutil.copytree(class_folders / "val", tmp_path / "photos/val")
     shutil.rmtree(tmp_path / "photos/validation")
@@ -294,7 +314,7 @@ def test_folders_that_may_have_been_meant_are_named(class_folders: Path, tmp_pat
     (tmp_path / "photos/train").rename(tmp_path / "photos/training")
     (tmp_path / "photos/testing").mkdir()
     result = CliRunner().invoke(build, [str(tmp_path / "photos"), *options])
-    assert result.exit_code == 1 and "testing and training, which are hardly classes" in result.output
+    assert result.exit_code == 1 and "testing and training, which look like splits" in result.output
 
 
 def test_a_build_without_a_compiler_says_so_once(
@@ -306,7 +326,7 @@ def test_a_build_without_a_compiler_says_so_once(
     environment = {**os.environ, "CXX": "/no/such/compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment.pop("ALEXNET_NATIVE", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stderr.count("prepared by OpenCV alone, slower: ") == 1
+    assert done.stderr.count("prepared by OpenCV alone, which is slower: ") == 1
     assert tree(tmp_path / "train") == expected
     again = subprocess.run([*command, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and "OpenCV alone" not in again.stderr  # nothing was left to do
@@ -315,11 +335,12 @@ def test_a_build_without_a_compiler_says_so_once(
 def test_two_builds_at_once_are_refused(class_folders: Path, tmp_path: Path) -> None:
     source = open_source(class_folders / "val", "val")
     (tmp_path / "val.partial").mkdir()
-    lock = pipeline.build.workspace.lock_folder(tmp_path / "val.partial")
     for resume in (True, False):
-        with pytest.raises(DataError, match="another build is at work"):
+        with (
+            lock(tmp_path / "val.partial", ""),
+            pytest.raises(UserError, match="another build is running"),
+        ):
             build_split(source, tmp_path, OPTIONS, workers=1, resume=resume)
-    os.close(lock)
 
 
 # --- workers that die --------------------------------------------------------------------------------------
@@ -391,7 +412,7 @@ def test_full_disk_is_one_line_and_resumable(
         pytest.skip("mounting a small disk is not permitted here")
     try:
         source = open_source(class_folders / "train", "train")
-        with pytest.raises(DataError, match="full: make room, then continue with --resume") as caught:
+        with pytest.raises(DataError, match="full: free some space, then continue with --resume") as caught:
             build_split(source, disk, OPTIONS, workers=2)
         assert "\n" not in caught.value.message
         assert [path.name for path in disk.iterdir()] == ["train.partial"]

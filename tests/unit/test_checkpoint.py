@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, refused by name when damaged."""
+"""Checkpoints: written atomically, refused if damaged."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ def test_round_trip_and_still_an_ordinary_torch_file(tmp_path: Path) -> None:
 
 
 def test_tensors_are_saved_from_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As fake CUDA tensors show without a GPU."""
+    """Fake CUDA tensors show this without a GPU."""
     saved: list[dict[str, Any]] = []
     write = torch.save
 
@@ -115,7 +115,7 @@ def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
         find(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="holds no checkpoint"):
         find(tmp_path)
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="cannot read the checkpoint"):
         load(tmp_path / "nothing.pt")
 
 
@@ -124,7 +124,7 @@ def test_only_a_run_that_goes_on_is_told_how(tmp_path: Path) -> None:
     path = checkpoints.save(STATE, best=True)
     path.write_bytes(b"damaged")
     with pytest.raises(
-        ModelError, match=r"is damaged .*: resume from the previous one with --resume --fall-back"
+        ModelError, match=r"is damaged .*; to resume from the previous one, use --resume --fall-back"
     ):
         checkpoints.newest()
     with pytest.raises(ModelError, match=r"best\.pt is damaged \([^)]*\)$"):
@@ -132,7 +132,7 @@ def test_only_a_run_that_goes_on_is_told_how(tmp_path: Path) -> None:
 
 
 def signed(path: Path, content: bytes) -> None:
-    """Write what somebody who means harm makes: any zip, with the right checksum."""
+    """Write a malicious file: any zip, with a valid checksum."""
     content = content[:-2] + (64).to_bytes(2, "little")
     path.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
 
@@ -148,7 +148,7 @@ def test_deflated_storages_are_refused_before_they_unfold(tmp_path: Path) -> Non
             target.writestr(entry.filename, source.read(entry))
     assert len(packed.getvalue()) < 1 << 14
     signed(tmp_path / "c.pt", packed.getvalue())
-    with pytest.raises(ModelError, match=r"c\.pt is no checkpoint .*\(it is compressed\)"):
+    with pytest.raises(ModelError, match=r"c\.pt is not a checkpoint .*\(it is compressed\)"):
         load(tmp_path / "c.pt")
 
 
@@ -178,7 +178,7 @@ def test_what_train_py_does_not_write_is_refused_in_one_line(tmp_path: Path, cha
     buffer = io.BytesIO()
     torch.save({**STATE, **change}, buffer)
     signed(tmp_path / "c.pt", buffer.getvalue())
-    with pytest.raises(ModelError, match=r"c\.pt is no checkpoint") as caught:
+    with pytest.raises(ModelError, match=r"c\.pt is not a checkpoint") as caught:
         load(tmp_path / "c.pt")
     assert "\n" not in caught.value.message
 
@@ -186,7 +186,7 @@ def test_what_train_py_does_not_write_is_refused_in_one_line(tmp_path: Path, cha
 @pytest.mark.parametrize("content", [b"PK\x05\x06" + bytes(18), pickle.dumps(STATE["lr"]) + bytes(99)])
 def test_other_files_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     signed(tmp_path / "c.pt", content)
-    with pytest.raises(ModelError, match=r"c\.pt is no checkpoint") as caught:
+    with pytest.raises(ModelError, match=r"c\.pt is not a checkpoint") as caught:
         load(tmp_path / "c.pt")
     assert "\n" not in caught.value.message
 

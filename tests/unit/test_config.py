@@ -1,4 +1,4 @@
-"""Config: what is not given follows from the number of images; files are converted by the options' own types."""
+"""Config: defaults that depend on the number of images, and options from files."""
 
 import json
 import os
@@ -43,10 +43,10 @@ def test_few_images_get_small_batches_and_imagenet_the_papers_values(
     images: int, batch: int, lr: float, schedule: str, warmup: float
 ) -> None:
     config = Config()
-    said = config.fill(images)
+    output = config.fill(images)
     assert (config.global_batch, config.schedule, config.warmup_epochs) == (batch, schedule, warmup)
     assert (config.lr, config.init, config.variant, config.mean) == (lr, "torch", "paper", "pixel")
-    assert f"{images:,} training images" in said and f"batches of {batch}" in said and schedule in said
+    assert f"{images:,} training images" in output and f"batches of {batch}" in output and schedule in output
 
 
 def test_what_is_given_stays() -> None:
@@ -66,7 +66,7 @@ def test_every_variant_has_a_start(variant: str) -> None:
 
 
 def test_the_choices_are_those_of_the_modules_that_use_them() -> None:
-    """Written out in Config, which must not import torch."""
+    """Config repeats them because it must not import torch."""
     choices = {
         f.name: tuple(f.metadata["type"].choices)
         for f in fields(Config)
@@ -85,9 +85,9 @@ def test_help_is_in_groups_and_needs_neither_torch_nor_dali() -> None:
         "try:\n    train.main(['--help'])\nexcept SystemExit:\n    pass\n"
         "print({'torch', 'nvidia', 'cv2', 'tqdm'} & sys.modules.keys())"
     )
-    said = run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert said.splitlines()[-1] == "set()"
-    titles = [line for line in said.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    output = run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert output.splitlines()[-1] == "set()"
+    titles = [line for line in output.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles[:6] == ["Data:", "Network:", "Training:", "Regularisation:", "Speed:", "Run:"]
 
 
@@ -148,7 +148,7 @@ def test_a_finished_run_says_so_and_keeps_its_config(dataset: Path, tmp_path: Pa
 def test_resume_reads_a_run_folder_of_another_making_as_strictly(
     content: Any, message: str, tmp_path: Path
 ) -> None:
-    """Else `keep` 0 would delete every checkpoint but the best."""
+    """Otherwise `keep` 0 would delete all checkpoints except the best."""
     (tmp_path / "config.json").write_text(json.dumps(content))
     for step in range(3):
         (tmp_path / f"checkpoint-{step:09d}.pt").write_bytes(b"")

@@ -1,9 +1,11 @@
-"""Links in the documentation lead somewhere, and the files and tests that it names exist."""
+"""Links in the documentation lead somewhere, the files that it names exist, and its Python code runs."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,3 +36,32 @@ def test_named_files_exist(page: Path) -> None:
         r"`((?:tests|tools|pipeline|model|native|base|recipes|docker)/[\w./-]+)`", page.read_text()
     )
     assert not [name for name in named if "NAME" not in name and not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/loader.md"])
+def test_code_with_the_loader_runs(page: str, dataset: Path, tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(code) == 1
+    script = code[0].replace("data/imagenet", str(dataset)).replace("data/mine", str(dataset))
+    # as on a GPU with ImageNet, but for the device and the size; each batch is kept
+    script = script.replace(', device="gpu"', "").replace("global_batch=128", "global_batch=8")
+    script = re.sub(r"^( +)\.\.\. *(#.*)?$", r"\1seen.append((images, labels))", script, flags=re.MULTILINE)
+    script = script.replace("    split =", "    seen = []\n    split =").replace(
+        "    data,", "    seen = []\n    data,"
+    )
+    path = tmp_path / "mine.py"
+    path.write_text(script)
+    names = runpy.run_path(str(path), run_name="__main__")
+    plan, batches = names["plan"], names["seen"]
+    trained = plan.steps_per_epoch * names.get("epochs", 1)
+    assert trained and len(batches) > trained - ("val" not in names)
+    train = names["train" if "val" in names else "reader"]
+    for step, (images, labels) in enumerate(batches[:trained]):
+        assert images.shape == (8, 3, 224, 224)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        order = plan.order(step // plan.steps_per_epoch)
+        first = step % plan.steps_per_epoch * 8
+        assert labels.tolist() == [train.read(int(index))[1] for index in order[first : first + 8]]
+    if "val" in names:
+        labels = [label for _, some in batches[trained:] for label in some.tolist()]
+        assert labels == [names["val"].read(index)[1] for index in range(len(names["val"]))]

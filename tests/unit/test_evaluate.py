@@ -1,4 +1,4 @@
-"""tools/evaluate.py against a slow reference: one image at a time, in NumPy."""
+"""tools/evaluate.py against a slow reference in NumPy, one image at a time."""
 
 import csv
 import json
@@ -53,7 +53,7 @@ Reference = tuple[list[np.ndarray], np.ndarray]
 
 @pytest.fixture(scope="module")
 def reference(runs: list[Path], dataset: Path) -> Reference:
-    """For each run the softmax of ten views (count, 10, classes), image by image; and the labels."""
+    """For each run the softmax of the ten views of each image, (count, 10, classes); and the labels."""
     edge = 256 - CROP
     corners = [(0, 0), (0, edge), (edge, 0), (edge, edge), (edge // 2, edge // 2)]
     reader = ShardReader(dataset / "val")
@@ -92,7 +92,10 @@ def test_without_data_it_is_the_runs_own(
     assert "24 images of" in invoke(run / "best.pt").output
     assert f"there is no run at {tmp_path / 'ran'}" in invoke(tmp_path / "ran", code=1).output
     (run / "config.json").write_text(json.dumps({"data": "gone"}))
-    assert "was trained on gone, which is not found from here: give --data" in invoke(run, code=1).output
+    assert (
+        "was trained on gone, which is not found from the current folder: give --data"
+        in invoke(run, code=1).output
+    )
     for text in ("// another program's", "[1]", "null", '{"data": 3}', "{}"):
         (run / "config.json").write_text(text)
         assert "no data set in data/imagenet/val" in invoke(run, code=1).output
@@ -149,11 +152,11 @@ def test_classes_and_confusion_add_up(
     runs: list[Path], reference: Reference, dataset: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "new folder"
-    (tmp_path / "val").symlink_to(dataset / "val")  # and no train/: the mean comes with the checkpoint
-    said = invoke(
+    (tmp_path / "val").symlink_to(dataset / "val")  # without train/, because the mean is in the checkpoint
+    output = invoke(
         runs[0], "--data", tmp_path, "--csv", out / "c.csv", "--confusion", out / "c.png", "--json", "-"
     )
-    result = json.loads(said.stdout)  # and nothing else on the standard output
+    result = json.loads(output.stdout)  # nothing else is on standard output
     (first, _), labels = reference
     guesses = first[:, CENTER].argmax(1)
     rows = list(csv.DictReader((out / "c.csv").open()))
@@ -162,8 +165,8 @@ def test_classes_and_confusion_add_up(
         own = guesses[labels == label]
         assert int(row["images"]) == len(own)
         assert float(row["top1"]) == pytest.approx((own == label).mean(), abs=1e-6)
-    hits = sum(float(row["top1"]) * int(row["images"]) for row in rows)
-    assert hits / 24 == pytest.approx(result["top1"], abs=1e-6)
+    correct = sum(float(row["top1"]) * int(row["images"]) for row in rows)
+    assert correct / 24 == pytest.approx(result["top1"], abs=1e-6)
     picture = cv2.imread(str(out / "c.png"))
     assert picture is not None and min(picture.shape[:2]) > 300
 
@@ -186,7 +189,7 @@ def test_confusion_pairs_are_true_then_guess_and_become_a_map_of_true_rows() -> 
 
 
 def test_memory_does_not_grow_with_images_times_classes() -> None:
-    """20,000 x 20,000: a matrix of either kind would take gigabytes."""
+    """A matrix of 20,000 x 20,000 classes would take gigabytes."""
     n = 20_000
     random = np.random.default_rng(0)
     classes: Classes = [{"wnid": f"n{i:08d}", "name": f"class ${i}"} for i in range(n)]
@@ -225,7 +228,7 @@ def test_names_are_split_only_where_they_are_synonyms_and_always_tell_classes_ap
 
 
 def renamed(dataset: Path, out: Path, classes: Classes) -> tuple[Path, Path]:
-    """A copy of the data set's val with other class names, and a run trained on them."""
+    """A copy of the data set's val with other class names, and a run with these classes."""
     shutil.copytree(dataset / "val", out / "data" / "val")
     manifest = replace(Manifest.load(dataset / "val"), classes=classes)
     manifest.save(out / "data" / "val")
@@ -263,7 +266,7 @@ def test_what_is_wrong_is_said_in_one_line(runs: list[Path], dataset: Path, tmp_
     assert "no run at" in one_line(invoke(tmp_path / "none", "--data", dataset, code=1))
     assert "no data set" in one_line(invoke(runs[0], "--data", tmp_path, code=1))
     checkpoint.save(tmp_path / "strange.pt", {"weights": 1})
-    assert "no checkpoint of" in one_line(invoke(tmp_path / "strange.pt", "--data", dataset, code=1))
+    assert "not a checkpoint of" in one_line(invoke(tmp_path / "strange.pt", "--data", dataset, code=1))
     (tmp_path / "file").touch()
     error = one_line(invoke(runs[0], "--data", dataset, "--csv", tmp_path / "file" / "c.csv", code=1))
     assert "cannot write" in error

@@ -1,4 +1,4 @@
-"""tools/export.py: what other programs read is the same network, with all they need to use it."""
+"""tools/export.py: exported files hold the same network, with the metadata to use it."""
 
 import base64
 import json
@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from helpers import CROP, ROOT, make_run, read_bgr
 
 from model.training import checkpoint
-from pipeline.preprocess import MEANS, Preprocess
+from model.training.weights import IMAGENET_STD
+from pipeline.preprocess import IMAGENET_MEAN, MEANS, Preprocess
 from tools import export, predict
 from tools.bench.reference import import_torchvision
 from tools.lib import formats
@@ -50,7 +51,7 @@ def onnx_file(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("onnx") / "n"
     assert "within" in invoke(run, "--onnx", folder / "a.onnx").stdout
-    assert [p.name for p in folder.iterdir()] == ["a.onnx"]  # nothing beside it
+    assert [p.name for p in folder.iterdir()] == ["a.onnx"]  # no other files
     return folder / "a.onnx"
 
 
@@ -70,9 +71,9 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run: Path, onnx_
         torch.testing.assert_close(
             torch.tensor(found), trained.network(images), rtol=0, atol=formats.TOLERANCE * np.abs(found).max()
         )
-    said = session.get_modelmeta().custom_metadata_map
-    assert json.loads(said["classes"]) == trained.classes and said["variant"] == "paper"
-    preprocess = json.loads(said["preprocess"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == trained.classes and metadata["variant"] == "paper"
+    preprocess = json.loads(metadata["preprocess"])
     mean = np.frombuffer(base64.b64decode(preprocess["mean_pixels"]), "<f4").reshape(256, 256, 3)
     assert np.array_equal(mean, trained.preprocess.mean)
     assert (preprocess["size"], preprocess["crop"], preprocess["mean_mode"]) == (256, CROP, "pixel")
@@ -84,15 +85,15 @@ def test_onnx_gives_the_same_logits_and_says_how_to_make_inputs(run: Path, onnx_
         f"from {(256 - CROP) // 2}",
         "mean_pixels",
     ):
-        assert words in said["preprocess_text"]
+        assert words in metadata["preprocess_text"]
 
 
 def test_the_sentence_says_what_is_subtracted(run: Path) -> None:
     own = load_run(run).preprocess
-    said = {mode: formats.describe(replace(own, mean_mode=mode)) for mode in MEANS}
+    sentences = {mode: formats.describe(replace(own, mean_mode=mode)) for mode in MEANS}
     words = {"pixel": "mean_pixels", "channel": "channel_mean", "imagenet": "channel_mean", "none": "nothing"}
     for mode, word in words.items():
-        assert f"subtract {word}" in said[mode] or f"({word}" in said[mode]
+        assert f"subtract {word}" in sentences[mode] or f"({word}" in sentences[mode]
 
 
 def test_the_script_in_docs_agrees_with_predict(
@@ -104,7 +105,7 @@ def test_the_script_in_docs_agrees_with_predict(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It knows the file alone; photographs are larger and smaller than the stored size, high and wide."""
+    """For photographs that are larger and smaller than the stored size, in portrait and landscape format."""
     tiles = sorted((class_folders / "val").rglob("*.JPEG"))
     paths = [str(path) for path in [*tiles, *photos.values()]]
     sides = [min(read_bgr(path).shape[:2]) for path in paths]
@@ -114,7 +115,7 @@ def test_the_script_in_docs_agrees_with_predict(
     monkeypatch.setattr("sys.argv", ["onnx_predict.py", str(onnx_file), *paths])
     runpy.run_path(str(ROOT / "docs/onnx_predict.py"))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 * len(paths)  # of four classes
+    assert len(lines) == 4 * len(paths)  # four classes
     for at, entry in enumerate(wanted):
         for line, guess in zip(lines[4 * at : 4 * at + 4], entry["top"], strict=True):
             matched = re.fullmatch(r"(.*): (0\.\d{4}|1\.0000) (.*)", line)
@@ -130,7 +131,7 @@ def test_the_other_variants_become_onnx_too(dataset: Path, tmp_path: Path, varia
     for module in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(module)
     path = make_run(tmp_path / variant, dataset, variant)
-    invoke(path, "--onnx", tmp_path / "a.onnx")  # checks itself
+    invoke(path, "--onnx", tmp_path / "a.onnx")  # verifies the file
 
 
 @pytest.mark.slow
@@ -157,15 +158,15 @@ def test_safetensors_hold_the_state_dict(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchvision_loads_owt_and_computes_the_same(owt: Path, tmp_path: Path) -> None:
-    said = invoke(owt, "--torchvision", tmp_path / "tv.pth").stdout
+    output = invoke(owt, "--torchvision", tmp_path / "tv.pth").stdout
     theirs = torchvision.models.alexnet(num_classes=4).eval()
     theirs.load_state_dict(torch.load(tmp_path / "tv.pth", weights_only=True))
     trained, images = load_run(owt), noise(2, 224)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), trained.network(images), rtol=1e-4, atol=1e-4)
-        # the transform that is recommended makes our inputs
-        normalized = re.search(r"Normalize\(\[(.*?)\]", said)
-        assert normalized, said
+        # the recommended transform makes our inputs
+        normalized = re.search(r"Normalize\(\[(.*?)\]", output)
+        assert normalized, output
         mean = [float(x) for x in normalized.group(1).split(",")]
         normalize = torchvision.transforms.Normalize(mean, [1 / 255] * 3)
         levels = torch.randint(0, 256, (1, 3, 224, 224)).float()
@@ -189,7 +190,7 @@ def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset: Path
     trained = load_run(out)
     assert trained.classes == load_run(out).classes and len(trained.classes) == 4
     pixels = torch.randint(0, 256, (2, 3, 224, 224), generator=torch.Generator().manual_seed(2)).float()
-    normalize = torchvision.transforms.Normalize(export.IMAGENET_MEAN, export.IMAGENET_STD)
+    normalize = torchvision.transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
     ours = pixels - torch.tensor(trained.preprocess.mean[0, 0])[:, None, None]
     with torch.no_grad():
         wanted = theirs(normalize(pixels / 255))
@@ -245,10 +246,10 @@ def test_what_is_wrong_is_said_in_one_line(
     for arguments, code, words in (
         ((run,), 2, "nothing to write"),
         ((), 2, "give a RUN"),
-        ((run, "--onnx", "a", "--out", "b"), 2, "go with --from-torchvision"),
+        ((run, "--onnx", "a", "--out", "b"), 2, "need --from-torchvision"),
         (("--from-torchvision", "a"), 2, "needs --out"),
         ((run, "--torchvision", tmp_path / "x"), 1, "train with --variant owt"),
-        (("--from-torchvision", tmp_path / "junk.pth", *back), 1, "no state dict"),
+        (("--from-torchvision", tmp_path / "junk.pth", *back), 1, "not a file of weights"),
         (("--from-torchvision", tmp_path / "none.pth", *back), 1, "No such file"),
         (("--from-torchvision", tmp_path / "other.pth", *back), 1, "not a state dict of torchvision"),
         (("--from-torchvision", tmp_path / "seven.pth", *back), 1, "7 outputs"),

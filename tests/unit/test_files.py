@@ -157,8 +157,8 @@ def test_a_lock_keeps_another_process_out_and_goes_with_its_holder(tmp_path: Pat
             lock(path, "nor twice in one process"),
         ):
             pass
-    with lock(path, "", wait=True):
-        pass
+    with lock(path, "", wait=True) as descriptor:
+        assert os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def test_without_locks_in_the_file_system_there_is_none_to_wait_for(

@@ -1,4 +1,4 @@
-"""The import rules of docs/architecture.md: arrows run one way, and some modules stay light."""
+"""The import rules of docs/architecture.md: imports run in one direction, and some modules are light."""
 
 import ast
 import subprocess
@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-# package -> the packages that it may import, besides itself; the longest prefix of a module's name counts
+# package -> the packages that it may import besides itself; the longest matching package counts
 ALLOWED: dict[str, set[str]] = {
     "base": set(),
     "native": {"base"},
-    "pipeline": {"base"},  # shards.py and preprocess.py: what build/ and load/ share
+    "pipeline": {"base"},  # shards.py and preprocess.py, which build/ and load/ share
     "pipeline.build": {"base", "native", "pipeline"},
     "pipeline.load": {"base", "native", "pipeline"},
     "model": {"base", "native"},
     "model.parallel": {"base", "native", "model"},
-    # the state of a run holds the data's preprocessing and the plan of its random decisions
+    # the state of a run has the data's preprocessing and the plan
     "model.training": {"base", "native", "model", "model.parallel", "pipeline", "pipeline.load"},
     "tools": {"base", "native", "pipeline", "pipeline.build", "pipeline.load", "model", "model.training",
               "model.parallel", "train"},
     "train": {"base", "native", "pipeline", "pipeline.load", "model", "model.training", "model.parallel", "tools"},
 }  # fmt: skip
-# these start quickly, in every reader and builder process
+# every reader or builder process imports these
 LIGHT = [
     "base.errors",
     "base.files",
@@ -37,13 +37,13 @@ HEAVY = ["torch", "cv2", "nvidia.dali", "scipy", "matplotlib"]
 
 
 def package_of(module: str) -> str | None:
-    """The package of ALLOWED that a module belongs to; None for modules of others."""
+    """The package of ALLOWED that a module belongs to; None for external modules."""
     found = [package for package in ALLOWED if module == package or module.startswith(package + ".")]
     return max(found, key=len, default=None)
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and module of every import in a file, also of those inside functions."""
+    """Line and module of each import in a file, including those in functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -72,7 +72,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 def test_light_modules_import_nothing_heavy() -> None:
-    """In a fresh interpreter: readers and builders start in a fraction of a second."""
+    """In a new interpreter; reader and builder processes import these."""
     code = f"import sys, {', '.join(LIGHT)}; print(*[name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

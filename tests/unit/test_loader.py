@@ -313,3 +313,12 @@ def test_preprocessing_of_a_strangers_checkpoint_is_checked(dataset: Path, chang
     Preprocess.from_state_dict(state)
     with pytest.raises(ValueError, match=r"its |a crop of"):
         Preprocess.from_state_dict({**state, **change})
+
+
+def test_plan_and_preprocessing_have_to_fit(dataset: Path) -> None:
+    reader = ShardReader(dataset / "train")
+    preprocess = Preprocess.load(dataset / "train", crop=192)
+    with pytest.raises(ValueError, match="crops 224 of 256 pixels, the preprocessing 192 of 256"):
+        train_loader(reader, Plan(len(reader), 8), preprocess, end_step=1)
+    with pytest.raises(ValueError, match="batch of 8 cannot be divided among 3 ranks"):
+        train_loader(reader, Plan(len(reader), 8, crop=192), preprocess, end_step=1, world_size=3)

@@ -35,7 +35,7 @@ def paper(
 def activations(
     *shape: int, dtype: torch.dtype = torch.float32, spread: float = 30.0, channels_last: bool = True
 ) -> torch.Tensor:
-    """Random activations, large enough for the sum to matter beside k = 2."""
+    """Random activations, large enough for the sum to matter compared with k = 2."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(spread).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if channels_last and len(shape) == 4 else x
 
@@ -83,7 +83,7 @@ def test_layouts() -> None:
     assert local_response_norm(x).is_contiguous(memory_format=torch.channels_last)
 
 
-# Of 8 and 11 significant bits: rounding the exact result once is off by 2**-8 and 2**-11 at most.
+# with 8 and 11 significant bits, rounding the exact result once has an error of at most 2**-8 and 2**-11
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 @backends
 def test_half_precision_is_rounded_once(backend: str, dtype: torch.dtype, rounding: float) -> None:
@@ -124,7 +124,7 @@ def test_alpha_is_not_divided_by_the_window() -> None:
 @pytest.mark.parametrize(("size", "beta"), [(5, 0.75), (3, 0.5)])
 def test_gradient_of_the_formula(channels: int, size: int, beta: float) -> None:
     x = activations(2, channels, 2, 3, dtype=torch.float64).requires_grad_()
-    # A large alpha, so that the neighbours' share of the gradient is not lost in the tolerance.
+    # with a large alpha, the neighbours' part of the gradient exceeds the tolerance
     assert torch.autograd.gradcheck(lambda x: local_response_norm(x, size, 1e-2, beta, 2.0), x)
 
 
@@ -132,7 +132,7 @@ def test_gradient_of_the_formula(channels: int, size: int, beta: float) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 16, 96, 256, 700])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-8)])
 def test_native_gradient(channels: int, dtype: torch.dtype, tolerance: float) -> None:
-    """Against the formula in float64, which gradcheck proves: float32 to its precision, bfloat16 rounded once."""
+    """Against the formula in float64, which gradcheck verifies: float32 to its precision, bfloat16 rounded once."""
     x = activations(2, channels, 3, 5, dtype=dtype).requires_grad_()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)  # not channels-last
     (ours,) = torch.autograd.grad(local_response_norm(x, alpha=1e-3, backend="native"), x, grad)
@@ -179,7 +179,7 @@ def test_on_the_gpu(backend: str, dtype: torch.dtype, tolerance: float) -> None:
     [
         ({"size": 4}, "odd number"),
         ({"size": 0}, "odd number"),
-        ({"k": 0.0}, "positive number"),
+        ({"k": 0.0}, "above 0"),
         ({"backend": "fast"}, "no LRN backend 'fast'"),
         ({"backend": "native", "beta": 0.5}, "beta 0.5"),
         ({"backend": "triton"}, "triton backend needs Triton, .* CUDA tensor"),
@@ -193,7 +193,7 @@ def test_unusable_options_are_refused_in_one_line(options: dict[str, Any], compl
 
 @pytest.mark.parametrize("x", [torch.ones(5), torch.ones(1, 5, dtype=torch.int64)])
 def test_unusable_inputs_are_refused(x: torch.Tensor) -> None:
-    with pytest.raises(ModelError, match="floating point"):
+    with pytest.raises(ModelError, match="floating-point"):
         local_response_norm(x)
 
 

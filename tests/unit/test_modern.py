@@ -1,4 +1,4 @@
-"""Mixup, label smoothing and averaged weights against their formulas written out in NumPy."""
+"""Mixup, label smoothing and averaged weights against their formulas in NumPy."""
 
 import numpy as np
 import pytest
@@ -20,30 +20,30 @@ def test_the_loss_is_the_cross_entropy_with_the_soft_target(smoothing: float, mi
     """-sum of target * log p; the target is the mixture of both one-hot labels, then smoothed."""
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(6, 4)), np.array([0, 1, 2, 3, 3, 3])
-    keep = random.uniform(size=6)
+    lam = random.uniform(size=6)
     target = np.eye(4)[labels]
     if mixed:
         partner = np.eye(4)[labels[[1, 0, 3, 2, 5, 4]]]
-        target = keep[:, None] * target + (1 - keep[:, None]) * partner
+        target = lam[:, None] * target + (1 - lam[:, None]) * partner
     target = (1 - smoothing) * target + smoothing / 4
     expected = -(target * log_softmax(logits)).sum(1).mean()
-    shares = torch.tensor(keep) if mixed else None
-    found = cross_entropy(torch.tensor(logits), torch.tensor(labels), smoothing, shares)
+    given = torch.tensor(lam) if mixed else None
+    found = cross_entropy(torch.tensor(logits), torch.tensor(labels), smoothing, given)
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_mixup_blends_neighbours() -> None:
+def test_mixup_blends_partners() -> None:
     images = torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)
-    keep = torch.tensor([1.0, 0.25, 0.5, 0.0])
+    lam = torch.tensor([1.0, 0.25, 0.5, 0.0])
     x = images.numpy()
     expected = np.stack([x[0], 0.25 * x[1] + 0.75 * x[0], 0.5 * x[2] + 0.5 * x[3], x[2]])
     before = images.clone()
-    mixed = mix(images, keep)
+    mixed = mix(images, lam)
     np.testing.assert_allclose(mixed.numpy(), expected, atol=1e-6)
     assert torch.equal(images, before) and mixed.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_shares_are_a_pure_function_of_their_place_and_follow_beta() -> None:
+def test_lam_is_a_pure_function_of_their_place_and_follow_beta() -> None:
     plan, again = Plan(4096, 4096, seed=5), Plan(5000, 4096, seed=5)
     a = plan.mixup(3, 0, 0.2)
     assert a.dtype == np.float32 and a.shape == (4096,) and a.min() >= 0 and a.max() <= 1
@@ -53,7 +53,7 @@ def test_shares_are_a_pure_function_of_their_place_and_follow_beta() -> None:
     # Beta(alpha, alpha): mean 1/2, variance 1 / (4 (2 alpha + 1))
     assert a.mean() == pytest.approx(0.5, abs=0.03)
     assert a.var() == pytest.approx(1 / (4 * 1.4), rel=0.05)
-    # drawing them moves no other stream
+    # other random streams do not depend on it
     views = plan.views(3, 0)
     assert all(np.array_equal(x, y) for x, y in zip(views, Plan(4096, 4096, seed=5).views(3, 0), strict=True))
 
@@ -78,6 +78,6 @@ def test_averaged_weights_follow_the_formula_and_go_on_from_a_checkpoint() -> No
             ema = Ema(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), 0.5)
             ema.load_state_dict(saved)
     averaged = ema.network.state_dict()
-    assert int(averaged.pop("1.num_batches_tracked")) == 6  # a count is not averaged
+    assert int(averaged.pop("1.num_batches_tracked")) == 6  # counts are not averaged
     for key, value in averaged.items():
         np.testing.assert_allclose(value.numpy(), expected[key], rtol=1e-5, atol=1e-7)

@@ -1,4 +1,4 @@
-"""tools/predict.py: exactly the training's preprocessing, the right neighbours, broken images do not stop it."""
+"""tools/predict.py: the same preprocessing as in training, neighbours, and images that cannot be read."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from helpers import make_run
 
-from base.errors import ModelError
+from base.errors import DataError, ModelError
 from model.training.log import read_log
 from pipeline.build.images import prepare
 from pipeline.build.sources import open_source
@@ -65,7 +65,7 @@ def test_a_photograph_becomes_what_the_shards_hold_and_the_loader_gives(
 def test_json_text_and_sheet_agree_with_the_network(run: Path, class_folders: Path, tmp_path: Path) -> None:
     folder = class_folders / "val" / "coffee"
     assert len(list(folder.iterdir())) == 6
-    said = invoke(run, folder, "--json", tmp_path / "p.json", "--sheet", tmp_path / "s.png", "--top", 3)
+    output = invoke(run, folder, "--json", tmp_path / "p.json", "--sheet", tmp_path / "s.png", "--top", 3)
     listed = json.loads((tmp_path / "p.json").read_text())
     paths = sorted(map(str, folder.iterdir()))
     assert [entry["image"] for entry in listed] == paths
@@ -78,7 +78,7 @@ def test_json_text_and_sheet_agree_with_the_network(run: Path, class_folders: Pa
         assert [guess["label"] for guess in entry["top"]] == best.indices.tolist()
         assert [g["probability"] for g in entry["top"]] == pytest.approx(best.values.tolist(), rel=1e-4)
         assert all(g["name"] == trained.classes[g["label"]]["wnid"] for g in entry["top"])
-    assert said.stdout.count("█") > 0 and said.stdout.count("coffee *") == len(
+    assert output.stdout.count("█") > 0 and output.stdout.count("coffee *") == len(
         [1 for entry in listed if "coffee" in [g["name"] for g in entry["top"]]]
     )
     picture = cv2.imread(str(tmp_path / "s.png"))
@@ -91,7 +91,7 @@ def test_what_is_left_out_of_a_folder_is_counted(run: Path, class_folders: Path,
         (tmp_path / "photos" / name).write_bytes(b"no image")
     done = invoke(run, tmp_path / "photos", "--json", tmp_path / "p.json")
     assert len(json.loads((tmp_path / "p.json").read_text())) == 6
-    assert done.stderr == "2 other files in the folders are no images\n"
+    assert done.stderr == "2 other files in the folders are not images\n"
 
 
 def test_neighbours_are_the_nearest_of_all_by_fc7(
@@ -146,15 +146,28 @@ def test_paths_on_standard_input_end_with_nul_or_newline(
     printed = invoke(run, "-", "--sheet", tmp_path / "s.png", input=lines).stdout
     assert f"{tmp_path}/caf\\xe9.jpg\n" in printed and f"{tmp_path}/no suffix\n" in printed
     assert cv2.imread(str(tmp_path / "s.png")) is not None
-    for image in (photos["rocket"], photos["coffee"]):
-        error = invoke(run, "-", input=image.read_bytes(), code=1).stderr
-        assert error == (
-            "Error: standard input is an image, not a list of paths: give the file's name instead of -\n"
-        )
+
+
+def test_an_image_on_standard_input_is_refused(run: Path, photos: dict[str, Path]) -> None:
+    error = invoke(run, "-", input=photos["rocket"].read_bytes(), code=1).stderr
+    assert error == (
+        "Error: standard input is an image, not a list of paths: give the file's name instead of -\n"
+    )
+    for suffix in (".jpg", ".png", ".gif", ".bmp", ".webp", ".tiff"):
+        content = cv2.imencode(suffix, np.zeros((50, 60, 3), np.uint8))[1].tobytes()
+        kind = "binary data" if suffix == ".tiff" else "an image"
+        with pytest.raises(DataError, match=f"standard input is {kind}, not a list of paths: give"):
+            samples._paths_of(content)
+
+
+@pytest.mark.parametrize("name", [b"BMW.jpg", b"BM", b"RIFF.webp", b"GIF8.gif", b"\xff\xd8.jpg"])
+def test_names_that_begin_as_images_do_are_paths(name: bytes) -> None:
+    for end in (b"", b"\n", b"\0"):
+        assert [os.fsencode(path) for path in samples._paths_of(name + end)] == [name]
 
 
 def test_a_folder_is_read_as_the_build_reads_it(run: Path, photos: dict[str, Path], tmp_path: Path) -> None:
-    """Whatever files are called; what is called like an image and is none is an error."""
+    """Suffixes do not matter, but a file with an image's suffix that is not an image is an error."""
     names = ("a.jfif", "b.jpe", "c", "d.JPEG", "e.txt")
     for name in names:
         shutil.copy(photos["rocket"], tmp_path / name)

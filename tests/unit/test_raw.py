@@ -122,6 +122,21 @@ def test_unpacked_validation_images_and_devkit(official: Path, tmp_path: Path) -
     assert [image[:2] for image in source.images] == [image[:2] for image in packed.images]
 
 
+def test_missing_validation_images_are_named(official: Path, tmp_path: Path) -> None:
+    flat = _folders(tmp_path / "val", {f"ILSVRC2012_val_{i:08d}.JPEG": b"x" for i in (2, 5)})
+    (flat / "Thumbs.jpg").write_bytes(b"x")
+    kit, solution = official / "ILSVRC2012_devkit_t12.tar.gz", tmp_path / "LOC_val_solution.csv"
+    names = [f"ILSVRC2012_val_{i:08d}" for i in (1, 3, 4)]
+    some = ", ".join(f"{name}.JPEG" for name in names)
+    notes = open_source(flat, "val", devkit=kit).notes
+    assert notes == [f"{flat} lacks 4 of the 6 images that {kit} labels: {some}, ..."]
+    (flat / "Thumbs.jpg").unlink()
+    rows = [f"{name},n02119789 1 2 3 4" for name in (*names, *(f"ILSVRC2012_val_{i:08d}" for i in (2, 5)))]
+    solution.write_text("\n".join(["ImageId,PredictionString", *rows]))
+    notes = open_source(flat, "val").notes
+    assert f"{flat} lacks 3 of the 5 images that {solution} labels: {some}" in notes
+
+
 def test_val_follows_the_classes_of_train(official: Path, tmp_path: Path) -> None:
     val = official / "ILSVRC2012_img_val.tar"
     more = ["n00000001", *sorted(IDS.values())]
@@ -260,7 +275,7 @@ def test_hostile_tar_members_are_rejected_and_nothing_is_written(tmp_path: Path)
     assert "link" in reasons["n1/soft.JPEG"] and "link" in reasons["n1/hard.JPEG"]
     assert reasons["n1/device.JPEG"] == reasons["n1/fifo.JPEG"] == "not a regular file"
     assert "twice" in reasons["n1/good.JPEG"]
-    assert all("cut short" in reasons[f"n{i}.tar"] for i in (2, 3, 4))
+    assert all("truncated" in reasons[f"n{i}.tar"] for i in (2, 3, 4))
     assert reasons["loose.txt"] == "not in a class"
     assert len(reasons) == 11
     assert list(tmp_path.rglob("*")) == [path.parent, path]
@@ -286,7 +301,7 @@ def test_every_cut_of_a_tar_is_noticed(official: Path, tmp_path: Path) -> None:
     path = tmp_path / "train.tar"
     for length in [0, 100, 512, 700, *range(1024, end, 3571), end]:
         path.write_bytes(content[:length])
-        with pytest.raises(DataError, match=r"cut short|neither") as caught:
+        with pytest.raises(DataError, match=r"truncated|neither") as caught:
             open_source(path, "train")
         assert "\n" not in caught.value.message
 
@@ -303,7 +318,7 @@ def test_errors_in_one_line(official: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--labels FILE or --devkit"):
         open_source(flat, "val")
     kit = official / "ILSVRC2012_devkit_t12.tar.gz"
-    with pytest.raises(DataError, match=r"holds no ILSVRC2012_val_00000001.JPEG, .* give --labels"):
+    with pytest.raises(DataError, match=r"no images named like ILSVRC2012_val_.* give --labels"):
         open_source(flat, "val", devkit=kit)
     broken = tmp_path / "kit.tar.gz"
     broken.write_bytes(kit.read_bytes()[:200])

@@ -1,4 +1,4 @@
-"""Initialisation, the paper's update rule and the schedules."""
+"""Initial weights, the paper's update rule, LARS and the schedules."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def test_paper_initialisation() -> None:
     layers = _layers(net)
     ones = [bool((m.bias == 1).all()) for m in layers]
     zeros = [bool((m.bias == 0).all()) for m in layers]
-    # section 5: 1 in the second, fourth and fifth convolution and in the hidden fully connected layers
+    # section 5: 1 in the second, fourth and fifth convolutions and the hidden fully connected layers
     assert ones == [False, True, False, True, True, True, True, False]
     assert zeros == [not one for one in ones]
     for layer in layers:
@@ -59,7 +59,7 @@ def test_cuda_convnet2_initialisation() -> None:
     [("cifar-80sec", [1e-4, 0.01, 0.01, 0.1, 0.1]), ("cifar-18pct", [1e-4, 0.01, 0.01, 0.01])],
 )
 def test_cuda_convnet_initialisation(variant: str, expected: list[float]) -> None:
-    """initW of layers-80sec.cfg and layers-18pct.cfg; biases begin at zero."""
+    """initW of layers-80sec.cfg and layers-18pct.cfg; biases are zero."""
     net = AlexNet(10, variant, image_size=32)
     recipe.initialise(net, "cuda-convnet", seed=1)
     assert [layer.weight.std().item() for layer in _layers(net)] == pytest.approx(expected, rel=0.06)
@@ -71,9 +71,9 @@ def test_torch_initialisation_is_torchs_own() -> None:
     recipe.initialise(net, "torch", seed=3)
     torch.manual_seed(3)
     for layer in _layers(net):
-        mine = [p.clone() for p in layer.parameters()]
+        ours = [p.clone() for p in layer.parameters()]
         layer.reset_parameters()
-        assert all(torch.equal(a, b) for a, b in zip(mine, layer.parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ours, layer.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("scheme", set(recipe.INITS) - {"cuda-convnet"})
@@ -90,7 +90,7 @@ def test_initialisation_depends_on_the_seed_alone(scheme: str) -> None:
 
 
 def test_updates_follow_the_papers_rule_through_changes_of_the_rate() -> None:
-    """v <- 0.9 v - 0.0005 e w - e g; w <- w + v (section 5), with e divided by 10 on the way."""
+    """v <- 0.9 v - 0.0005 e w - e g; w <- w + v (section 5), while e is divided by 10."""
     layer = nn.Linear(4, 3)
     optimizer = recipe.build_optimizer(layer, lr=0.1)
     w = layer.weight.detach().double().clone()
@@ -112,7 +112,7 @@ def test_updates_follow_the_papers_rule_through_changes_of_the_rate() -> None:
 
 
 def test_biases_have_their_own_rate_and_layers_their_own_decay() -> None:
-    """epsB = 2 epsW and wc of one layer, as in cuda-convnet's files, against the rule in NumPy."""
+    """epsB = 2 epsW and the weight decay of one layer, as in cuda-convnet's files, against NumPy."""
     net = AlexNet(10, "cifar-18pct", image_size=32)
     optimizer = recipe.build_optimizer(net, 0.1, 0.9, 0.004, bias_lr=2, layer_decay={"fc10": 1.0})
     rate = {"weight": 1, "bias": 2}
@@ -155,7 +155,7 @@ def test_lars_follows_its_papers_rule_through_changes_of_the_rate_and_a_resumed_
         norm = np.sqrt((w**2).sum())
         local = 0.001 * norm / (np.sqrt((gw**2).sum()) + decay * norm)
         vw = momentum * vw + lr * local * (gw + decay * w)
-        vb = momentum * vb + lr * gb  # biases: neither decay nor a rate of their own
+        vb = momentum * vb + lr * gb  # biases have neither decay nor an adaptive rate
         w, bias = w - vw, bias - vb
         np.testing.assert_allclose(layer.weight.detach().numpy(), w, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-4, atol=1e-5)
@@ -173,10 +173,10 @@ def test_lars_moves_a_layer_of_zeros_and_keeps_one_without_gradient() -> None:
 
 
 def test_an_overflow_in_the_very_first_step_leaves_no_trace() -> None:
-    """As GradScaler reports it to a fused optimiser: that step is skipped, and momentum begins at zero."""
+    """The overflow is reported as GradScaler does; the step is skipped, and momentum starts at zero."""
     weight = nn.Linear(64, 64)
     expected = weight.weight.detach().clone()
-    torch.full((64, 64), 1e30).clone()  # memory that a careless buffer would begin with
+    torch.full((64, 64), 1e30).clone()  # an uninitialised buffer may contain this
     optimizer = recipe.build_optimizer(weight, lr=0.1, weight_decay=0.0)
     for found, gradient in ((1.0, math.inf), (0.0, 0.0)):
         weight.weight.grad = torch.full((64, 64), gradient)
@@ -193,7 +193,7 @@ def test_plateau_divides_by_ten_when_validation_stops_improving() -> None:
         rates.append(schedule.lr(0))
         schedule.validated(error)
     assert rates == pytest.approx([0.01] * 4 + [0.001] * 3 + [0.0001])
-    for _ in range(9):  # a network that guesses is given time
+    for _ in range(9):  # epochs of a network that only guesses do not count
         schedule.validated(0.9, guessing=True)
     assert schedule.lr(0) == pytest.approx(0.0001)
     other = recipe.Schedule("plateau", 0.01, epochs=20, steps_per_epoch=10, patience=2)

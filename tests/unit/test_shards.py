@@ -319,14 +319,14 @@ def test_checksums_are_checked_themselves(split: Path, damage: str) -> None:
 def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_no_bus_error(
     split: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.shards, "SECONDS_BETWEEN_LOOKS", 0)
+    monkeypatch.setattr(pipeline.shards, "SECONDS_BETWEEN_CHECKS", 0)
     reader = ShardReader(split)
     reader.read(8)
     database = split / "shard-00001/data.mdb"
     with database.open("r+b") as file:
         file.truncate(4096)
     for read in (reader.read, reader.stored_bytes):
-        with pytest.raises(DataError, match=r"shard-00001/data\.mdb was changed while it is read"):
+        with pytest.raises(DataError, match=r"shard-00001/data\.mdb was changed while in use"):
             read(9)
     reader.read(0)
     # what is open can be read when the name is gone or another file's
@@ -371,11 +371,11 @@ def test_a_mean_image_that_was_signed_again_is_checked(split: Path, content: byt
     manifest = Manifest.load(split)
     (split / "mean.npy").write_bytes(content)
     replace(manifest, mean_sha256=hashlib.sha256(content).hexdigest()).save(split)
-    with pytest.raises(DataError, match=r"mean\.npy is no mean image") as caught:
+    with pytest.raises(DataError, match=r"mean\.npy is not a mean image") as caught:
         Manifest.load(split).load_mean(split)
     assert "\n" not in caught.value.message
     output = CliRunner().invoke(verify, [str(split), "--workers", "1"])
-    assert output.exit_code == 1 and "mean.npy is no mean image" in output.output
+    assert output.exit_code == 1 and "mean.npy is not a mean image" in output.output
 
 
 SHARD = {"name": "shard-00000", "count": 24, "bytes": 1, "sha256": "", "crc32_sha256": ""}
@@ -427,7 +427,7 @@ def test_manifests_that_were_signed_again_are_refused_in_one_line(
     split: Path, changes: dict[str, Any]
 ) -> None:
     replace(Manifest.load(split), **changes).save(split)
-    with pytest.raises(DataError, match=r"manifest\.json is not one that a build writes \(") as caught:
+    with pytest.raises(DataError, match=r"manifest\.json has an invalid value \(") as caught:
         ShardReader(split)
     assert "\n" not in caught.value.message and len(caught.value.message) < 400
 
@@ -481,7 +481,7 @@ def test_what_is_no_data_set_is_said_with_the_way_to_one(copy: Path, tmp_path: P
     (tmp_path / "photos/train/n01440764").mkdir(parents=True)
     with pytest.raises(DataError, match=r"which holds n01440764: .*build_lmdb.py \S*photos OUT"):
         ShardReader(tmp_path / "photos/train")
-    with pytest.raises(DataError, match=f"one split of a data set, give {re.escape(str(copy))}$"):
+    with pytest.raises(DataError, match=f"one split of a data set; give {re.escape(str(copy))}$"):
         ShardReader(copy / "train" / "val")
     shutil.rmtree(copy / "val")
     with pytest.raises(DataError, match=r"--split val`; without .*`.* --val-fraction 0\.2 --overwrite`$"):
@@ -517,7 +517,7 @@ def test_too_many_open_files_are_no_damage(class_folders: Path, tmp_path: Path) 
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(said) == 4
     for line in said:
-        assert "too many open files (each shard is one, this process may have 16)" in line
+        assert "too many open files (one per shard, and the limit is 16)" in line
         assert "ulimit -n 65536" in line and "again" not in line and "damaged" not in line
 
 

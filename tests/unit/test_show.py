@@ -1,4 +1,4 @@
-"""tools/show.py: pictures that can be opened and that show the very numbers they claim to show."""
+"""tools/show.py: pictures can be opened and show the right numbers."""
 
 import base64
 import json
@@ -47,8 +47,8 @@ def test_every_command_writes_a_picture(run: Path, dataset: Path, tmp_path: Path
     invoke("batch", dataset, "--images", 5, "--crop", CROP, "--step", 1, "--out", tmp_path / "b.png")
     invoke("filters", run, "--out", tmp_path / "f.png")
     invoke("curves", run, "--out", tmp_path / "c.png")
-    said = invoke("dataset", dataset, "--out", tmp_path / "d.png")
-    assert "train: 96 images of 4 classes (24 to 24 a class), jpeg, 3 shards" in said.stdout
+    output = invoke("dataset", dataset, "--out", tmp_path / "d.png")
+    assert "train: 96 images of 4 classes (24 to 24 per class), jpeg, 3 shards" in output.stdout
     for name in "bfcd":
         assert_picture(tmp_path / f"{name}.png")
 
@@ -88,9 +88,9 @@ def test_filters_are_scaled_about_grey(run: Path) -> None:
 def test_curves_compare_runs_over_epochs(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    write_log(other, epochs=2, steps=3)  # another batch size: other steps, the same epochs
+    write_log(other, epochs=2, steps=3)  # another batch size gives other steps but the same epochs
     with (other / "log.jsonl").open("a") as file:
-        file.write('{"kind": "train", "epo')  # being written
+        file.write('{"kind": "train", "epo')  # a partial line
     figure = figures.curves_figure({"a": read_log(run), "b": read_log(other)})
     loss, accuracy = figure.axes[:2]
     assert [np.asarray(line.get_xdata()).tolist() for line in loss.lines[1::2]] == [[1, 2, 3], [1, 2]]
@@ -130,15 +130,15 @@ def test_hostile_class_and_file_names_reach_pictures_and_the_terminal(dataset: P
         shutil.copytree(dataset / split, tmp_path / split)
         manifest = Manifest.load(dataset / split)
         replace(manifest, classes=classes, rejected=rejected).save(tmp_path / split)
-    said = invoke("dataset", tmp_path, "--out", tmp_path / "d.png").stdout
-    assert "rejected caf\\xe9/\\x1b[2J.jpg: truncated JPEG" in said
+    output = invoke("dataset", tmp_path, "--out", tmp_path / "d.png").stdout
+    assert "rejected caf\\xe9/\\x1b[2J.jpg: truncated JPEG" in output
     invoke("batch", tmp_path, "--images", 2, "--crop", CROP, "--out", tmp_path / "b.png")
     assert_picture(tmp_path / "d.png")
     assert_picture(tmp_path / "b.png")
 
 
 class Sources(HTMLParser):
-    """Everything that a page would load."""
+    """All addresses that a page loads."""
 
     def __init__(self) -> None:
         super().__init__()

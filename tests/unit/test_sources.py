@@ -78,7 +78,7 @@ def test_kaggles_tree_from_any_folder_on_the_way(tmp_path: Path) -> None:
         assert train.wnids == WNIDS and train.names[WNIDS[0]] == f"the {WNIDS[0]}, so called"
         assert _classes(val) == {f"{name}.JPEG": wnid for name, wnid in truth.items()}
     code, output = _invoke(root, tmp_path / "out", "--size", 32, "--workers", 1)
-    assert code == 0 and "CLS-LOC holds test beside train and val: not read" in output
+    assert code == 0 and "CLS-LOC also holds test, which is not read" in output
     assert f"val has no images of {WNIDS[1]}" in output
     assert str(root / "LOC_val_solution.csv") in output
 
@@ -205,10 +205,10 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
     write_parquet(path, [(None, "x.jpg", 0), (_jpeg(1), "y.jpg", 1)], None)
     source = open_source(path, "train")
     summary = build_split(source, tmp_path / "out", Options(32), workers=1)
-    assert summary.accepted == 1 and summary.rejected[0]["reason"] == "the row holds no bytes of an image"
+    assert summary.accepted == 1 and summary.rejected[0]["reason"] == "the row holds no image bytes"
     assert summary.empty_classes == ["0000"]
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="fetch it again") as caught:
+    with pytest.raises(DataError, match="download it again") as caught:
         open_source(path, "train")
     assert "\n" not in caught.value.message
 
@@ -219,10 +219,10 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["wrap/base", "wrap"])
 def test_a_folder_too_high_is_refused_and_the_right_one_named(tmp_path: Path, place: str) -> None:
     _write(tmp_path / place, {**_train("train/"), **_train("val/"), "README": b""})
-    with pytest.raises(DataError, match=rf"name {tmp_path / place} instead, which holds train, val"):
+    with pytest.raises(DataError, match=rf"give {tmp_path / place} instead, which holds train, val"):
         open_source(tmp_path, "train")
     _write(tmp_path / "one", _train("images/"))
-    with pytest.raises(DataError, match=rf"name {tmp_path / 'one/images'} instead, which holds {WNIDS[0]}"):
+    with pytest.raises(DataError, match=rf"give {tmp_path / 'one/images'} instead, which holds {WNIDS[0]}"):
         open_source(tmp_path / "one", "train")
 
 
@@ -230,7 +230,7 @@ def test_a_folder_too_high_is_refused_and_the_right_one_named(tmp_path: Path, pl
 def test_a_tar_with_splits_in_it_is_refused(tmp_path: Path, splits: list[str]) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(tar_of({name: content for split in splits for name, content in _train(split).items()}))
-    with pytest.raises(DataError, match="unpack it, then name the folder with the classes"):
+    with pytest.raises(DataError, match="unpack it, then give the folder of the classes"):
         open_source(path, "train")
 
 
@@ -252,8 +252,8 @@ def test_what_holds_no_images_is_left_out_and_named(tmp_path: Path) -> None:
     for flags in ([], ["--resume"]):  # OUT is there the second time
         code, output = _invoke(root, out, "--size", 32, "--workers", 1, *flags)
         assert code == 0, output
-        assert "hold no images: Annotations, empty in" in output
-        assert "no image was accepted of broken" in output
+        assert f"folders without images in {root} are left out: Annotations, empty" in output
+        assert "classes without an accepted image: broken" in output
     manifest = Manifest.load(out / "train")
     assert [entry["wnid"] for entry in manifest.classes] == ["broken", *WNIDS, "no-suffix"]
     assert {e["source"]: e["reason"] for e in manifest.rejected} == {

@@ -1,4 +1,4 @@
-"""StopRequest: signals ask for a save, twice at once is once, and nohup's are left alone."""
+"""StopRequest: the first signal is recorded, a second soon after is ignored, and so are those of nohup."""
 
 import signal
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Killed(Exception):
-    """A signal's default action, which would end the tests."""
+    """Stands for a signal's default action, which would end the tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def handlers() -> Iterator[None]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A time that stands still, and an end of the process that is an exception."""
+    """A clock that the test sets, and an exception instead of the end of the process."""
     now = SimpleNamespace(seconds=1000.0)
     monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now.seconds))
 
@@ -53,7 +53,7 @@ def test_each_signal_asks_for_a_save(number: signal.Signals) -> None:
 def test_a_second_signal_kills_but_not_at_once(second: signal.Signals, clock: SimpleNamespace) -> None:
     stop = StopRequest()
     raise_signal(signal.SIGTERM)
-    for seconds in (0, 0.5, 0.5):  # counted from the first one
+    for seconds in (0, 0.5, 0.5):  # since the first one
         clock.seconds += seconds
         raise_signal(second)
     assert stop.requested

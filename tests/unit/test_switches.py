@@ -1,4 +1,4 @@
-"""train.py's switches: each changes what it says and nothing else, and comes back from the checkpoint."""
+"""train.py's switches: each changes only what it should, and checkpoints preserve it."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from model.training.recipe import initialise
 
 
 def options_of(*arguments: object) -> dict[str, Any]:
-    """What train.py would train with."""
+    """The Config that train.py makes from `arguments`."""
     return train.main.make_context("train.py", list(map(str, arguments))).params
 
 
@@ -29,7 +29,7 @@ def recipe_files() -> list[Path]:
 
 
 def test_the_papers_recipe_is_the_defaults() -> None:
-    """As filled in for a million images."""
+    """A Config for a million images."""
     given, recipe = (Config(**options_of(*o)) for o in ((), ("--recipe", "paper")))
     given.fill(1_281_167)
     recipe.fill(1_281_167)
@@ -41,12 +41,14 @@ def test_every_recipe_sets_the_same_options_and_gives_way_to_the_command_line(
     path: Path, tmp_path: Path
 ) -> None:
     recipe = json.loads(path.read_text())
-    assert recipe.keys() == json.loads((ROOT / "recipes/paper.json").read_text()).keys()  # fit for diff
+    assert (
+        recipe.keys() == json.loads((ROOT / "recipes/paper.json").read_text()).keys()
+    )  # so that diff is readable
     found = options_of("--recipe", path.stem)
     assert {key: found[key] for key in recipe} == recipe
     changed = options_of("--recipe", path.stem, "--lr", "0.5")
     assert {key for key in found if found[key] != changed[key]} == {"lr"}
-    # the config of a whole run says more, whichever is named first
+    # --config takes precedence over --recipe in any order
     (tmp_path / "config.json").write_text(json.dumps({"lr": 0.25}))
     for order in (["--recipe", path.stem, "--config"], ["--config"]):
         arguments = [*order, tmp_path / "config.json", *([] if len(order) > 1 else ["--recipe", path.stem])]
@@ -82,7 +84,7 @@ def test_each_switch_changes_exactly_what_it_should(options: dict[str, Any], gon
         "groups": {"conv2", "conv4", "conv5"},
         "pool": {"pool1", "pool2", "pool5"},
     }
-    neighbours = {("conv2",): {"conv3"}, ("conv5", "conv3"): {"conv4"}}  # take other channels
+    neighbours = {("conv2",): {"conv3"}, ("conv5", "conv3"): {"conv4"}}  # have other input channels
     key = next(iter(options))
     assert different == expected.get(key, neighbours.get(options.get("drop_layers", ()), set()))
     again = AlexNet(5, image_size=96, **json.loads(json.dumps(changed.options)))
@@ -104,7 +106,7 @@ def test_biases_of_one_follow_the_papers_numbers_where_a_layer_is_left_out() -> 
 
 @pytest.mark.parametrize("variant", ["cifar-80sec", "cifar-18pct"])
 def test_the_networks_of_cuda_convnet(variant: str) -> None:
-    """Against torch's functions alone: pools of 3 and 2 that round up, the first a maximum, the others means."""
+    """Against torch's functions: 3x3 pools with stride 2 that round up, first max, then average pooling."""
     net = AlexNet(10, variant, image_size=32)
     x = 50 * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     w, f = net.state_dict(), torch.nn.functional
@@ -122,13 +124,13 @@ def test_the_networks_of_cuda_convnet(variant: str) -> None:
         maps = f.relu(f.conv2d(maps, w[f"{name}.weight"], w[f"{name}.bias"], padding=2))
         pad = f.pad(
             maps, (0, 1, 0, 1), value=-torch.inf if layer == 1 else 0
-        )  # rounds up: a last half window
+        )  # rounds up, with a partial last window
         if layer == 1:
             maps = f.max_pool2d(pad, 3, 2)
         else:
-            count = f.avg_pool2d(f.pad(torch.ones_like(maps), (0, 1, 0, 1)), 3, 2)  # mean of what is there
+            count = f.avg_pool2d(f.pad(torch.ones_like(maps), (0, 1, 0, 1)), 3, 2)  # pixels inside the map
             maps = f.avg_pool2d(pad, 3, 2) / count
-        if not hidden and layer < 3:  # rnorm: size 3, scale 5e-5, pow 0.75, over the same map
+        if not hidden and layer < 3:  # rnorm: size 3, scale 5e-5, pow 0.75, within each map
             squares = f.pad(maps**2, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).sum((-1, -2))
             maps = maps / (1 + 5e-5 / 9 * squares) ** 0.75
     assert maps.shape == (2, 64, 4, 4)
@@ -137,17 +139,17 @@ def test_the_networks_of_cuda_convnet(variant: str) -> None:
         units = f.relu(f.linear(units, w[f"classifier.{name}.weight"], w[f"classifier.{name}.bias"]))
     logits = f.linear(units, w["classifier.fc10.weight"], w["classifier.fc10.bias"])
     torch.testing.assert_close(net(x), logits, rtol=1e-4, atol=1e-5)
-    net.set_position(1, 0)  # without dropout, nothing to set
+    net.set_position(1, 0)  # there is no dropout to set
     assert "Tanh" in str(AlexNet(10, variant, image_size=24, activation="tanh"))
 
 
 def test_mixup_blends_pairs_that_never_lie_across_a_border(dataset: Path, tmp_path: Path) -> None:
-    """Of ranks or parts: blending the parts is blending the whole."""
+    """The parts of ranks or micro-batches are blended as the whole batch."""
     odd = ["--mixup", 0.2, "--global-batch", 33, "--gpus", 0]
-    assert "even batch" in train_error("--data", dataset, "--out", tmp_path, *odd, code=2)
-    images, keep = torch.randn(8, 3, 2, 2), torch.rand(8)
-    parts = [mix(images[i : i + 2], keep[i : i + 2]) for i in range(0, 8, 2)]
-    assert torch.equal(torch.cat(parts), mix(images, keep))
+    assert "even number" in train_error("--data", dataset, "--out", tmp_path, *odd, code=2)
+    images, lam = torch.randn(8, 3, 2, 2), torch.rand(8)
+    parts = [mix(images[i : i + 2], lam[i : i + 2]) for i in range(0, 8, 2)]
+    assert torch.equal(torch.cat(parts), mix(images, lam))
 
 
 def test_options_that_make_no_network_are_refused_in_one_line(dataset: Path, tmp_path: Path) -> None:
@@ -155,5 +157,5 @@ def test_options_that_make_no_network_are_refused_in_one_line(dataset: Path, tmp
     network = ["--variant", "cifar-18pct", "--groups", 2, "--gpus", 0]
     error = train_error("--data", dataset, "--out", tmp_path / "b", *network)
     assert "for images of 32 pixels" in error
-    with pytest.raises(ModelError, match="cannot drop fc6"):
+    with pytest.raises(ModelError, match="cannot omit fc6"):
         AlexNet(drop_layers=("fc6",))

@@ -21,7 +21,7 @@ from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
 from pipeline.load.loader import Loader, eval_loader, train_loader
 from pipeline.load.plan import Plan
-from pipeline.load.views import ViewCutter, ten_views
+from pipeline.load.views import Buffers, ViewCutter, ten_views
 from pipeline.preprocess import MEANS, Preprocess
 from pipeline.shards import ShardReader
 
@@ -120,6 +120,52 @@ def test_ten_views_are_the_papers() -> None:
 
 
 @needs_compiler
+def test_memory_of_a_batch_is_reused_once_nothing_refers_to_it() -> None:
+    buffers = Buffers()
+
+    def make(count: int = 4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return buffers.empty((count, 5, 5, 3), dtype)
+
+    first = make()
+    assert first.shape == (4, 5, 5, 3) and first.dtype == torch.float32 and first.is_contiguous()
+    place = first.data_ptr()
+    assert place % Buffers.ALIGNMENT == 0
+    row = first.movedim(-1, -3)[2]  # any view holds the memory, and so does autograd's graph
+    row.fill_(7)
+    del first
+    assert make().data_ptr() != place
+    weight = torch.ones((), requires_grad=True)
+    product = weight * row
+    del row
+    for _ in range(5):
+        make().fill_(0)
+    product.sum().backward()
+    assert weight.grad is not None and weight.grad.item() == 7 * 75
+    del product, weight
+    smaller, other = make(3, torch.bfloat16), make()
+    assert place in (smaller.data_ptr(), other.data_ptr())
+    larger = make(9)
+    held = [make() for _ in range(2 * Buffers.MOST)]
+    tensors = [smaller, other, larger, *held]
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    assert all((tensor == number).all() for number, tensor in enumerate(tensors))
+    assert len(buffers._kept) == Buffers.MOST
+
+
+def test_batches_stay_what_they_were_while_they_are_held(dataset: Path) -> None:
+    reader = ShardReader(dataset / "train")
+    preprocess, plan = Preprocess.load(dataset / "train"), Plan(len(reader), 8)
+
+    def batches() -> Loader:
+        return train_loader(reader, plan, preprocess, end_step=8, workers=0, threads=1)
+
+    copies = [images.clone() for images, _ in batches()]
+    held = [images for images, _ in batches()]
+    assert len(held) == 8 > Buffers.MOST
+    assert all(torch.equal(a, b) for a, b in zip(copies, held, strict=True))
+
+
 def test_what_the_kernel_would_read_beyond_is_refused() -> None:
     mean = np.zeros((8, 8, 3), np.float32)
     cut = cutter(mean, 6, torch.float32, 1)
@@ -139,7 +185,7 @@ def test_what_the_kernel_would_read_beyond_is_refused() -> None:
         (images, anchors, flips, shifts.double()),
         (images, anchors[:1], flips[:1], shifts[:1]),
     ):
-        with pytest.raises(ValueError, match=r"not torch.* contiguous|beyond an image"):
+        with pytest.raises(ValueError, match=r"expected contiguous|outside its image"):
             cut(*wrong)
     with pytest.raises(ValueError, match="a crop of 4 pixels does not fit a mean image"):
         ViewCutter.of(mean[:, :5], 4, torch.float32, 1)
@@ -241,7 +287,7 @@ def test_a_compiler_that_hangs_is_done_without(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(native, "SECONDS_TO_BUILD", 0.2)
     native._load.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="cropped by DALI's operators, slower: .*timed out"):
+        with pytest.warns(UserWarning, match="cropped by DALI's operators, which is slower: .*timed out"):
             assert ViewCutter.of(np.zeros((1, 1, 3), np.float32), 1, torch.float32, 1) is None
     finally:
         native._load.cache_clear()

@@ -1,4 +1,4 @@
-"""Whether a run only guesses, and what it says then."""
+"""Detection of a network that only guesses, and the message."""
 
 import json
 import math
@@ -33,9 +33,7 @@ def test_a_stuck_run_is_reported_once_and_not_before_it_had_time() -> None:
     other.load_state_dict(watch.state_dict())
     assert other.warned and not other.learnt
     assert not epoch(0.6, 500) and watch.learnt
-    assert (
-        not epoch(0.69, 600, last=True) and watch.learnt
-    )  # a network that has learnt is not called stuck again
+    assert not epoch(0.69, 600, last=True) and watch.learnt  # a network that has learnt is not reported later
     short = Watch(2)
     short.add(0.69, 10, counts)
     assert short.epoch_ends(10, last=True) == pytest.approx({"loss": 0.69, "guess": math.log(2)})
@@ -46,7 +44,7 @@ def test_a_network_that_cannot_learn_says_so_and_keeps_its_rate(dataset: Path, t
     done = train_here(*options, "--epochs", 3, "--lr", 1e-12, "--init", "paper")
     assert done.exit_code == 0, done.output
     (line,) = [line for line in done.output.splitlines() if "only guesses" in line]
-    assert "classes 1.386;" in line and "--init torch" in line
+    assert "classes gives 1.386;" in line and "--init torch" in line
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     (entry,) = [entry for entry in log if entry["kind"] == "guessing"]
     assert entry["step"] == 9 and entry["guess"] == pytest.approx(math.log(4), rel=1e-4)

@@ -1,4 +1,4 @@
-"""--weights: runs, torchvision's state dicts and safetensors, what fits and what does not."""
+"""--weights: runs, torchvision's state dicts and safetensors; layers that fit and layers that do not."""
 
 import os
 from pathlib import Path
@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 
 from base.errors import ModelError
 from model.alexnet import AlexNet
+from model.training import checkpoint
 from model.training.checkpoint import find, load, unpack
 from model.training.weights import IMAGENET_STD, load_weights
 from pipeline.preprocess import IMAGENET_MEAN
 
 
 def torchvision_state(classes: int) -> dict[str, Any]:
-    """The state dict of torchvision's alexnet: that of our `owt`, which another test holds equal."""
+    """The state dict of torchvision's alexnet, which equals that of `owt` by another test."""
     torch.manual_seed(1)
     return AlexNet(classes, "owt").state_dict()
 
@@ -42,7 +43,7 @@ def test_the_last_layer_begins_anew_where_classes_differ(tmp_path: Path) -> None
     torch.save(torchvision_state(1000), tmp_path / "a.pth")
     network = AlexNet(5, "owt")
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert load_weights(tmp_path / "a.pth").into(network).endswith("classifier.6 anew")
+    assert load_weights(tmp_path / "a.pth").into(network).endswith("with new weights for classifier.6")
     after = network.state_dict()
     assert torch.equal(before["classifier.6.weight"], after["classifier.6.weight"])
     assert not torch.equal(before["classifier.4.weight"], after["classifier.4.weight"])
@@ -98,8 +99,17 @@ def test_weights_that_unfold_are_refused_before_they_do(tmp_path: Path) -> None:
         load_weights(tmp_path / "b.pth")
 
 
-def test_a_training_begins_with_frozen_convolutions(dataset: Path, tmp_path: Path) -> None:
-    """Of another run, whose options it takes over; resumed without the file."""
+def test_a_training_begins_with_frozen_convolutions(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another run and with its options. The file is read once, and not at all to resume."""
+    reads: list[Path] = []
+
+    def counted(path: Path) -> dict[str, Any]:
+        reads.append(path)
+        return load(path)
+
+    monkeypatch.setattr(checkpoint, "load", counted)
     run = make_run(tmp_path / "old", dataset, "bn", pool=(2, 2))
     options = [
         "--data",
@@ -115,7 +125,8 @@ def test_a_training_begins_with_frozen_convolutions(dataset: Path, tmp_path: Pat
     ]
     done = train_here(*options, "--epochs", 1)
     assert done.exit_code == 0, done.output
-    assert "begins with" in done.output and "frozen" in done.output
+    assert "starting from" in done.output and "frozen" in done.output
+    assert reads == [run / "best.pt"]
     old, new = load(find(run))["model"], newest(tmp_path / "new")
     assert (new["variant"], new["network"]) == ("bn", {"pool": [2, 2]})
     for name, value in new["model"].items():

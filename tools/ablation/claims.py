@@ -1,4 +1,4 @@
-"""The claims: which switches of train.py are set beside the baseline, and what came of it."""
+"""The claims: the options of train.py that are compared with the baseline, and the results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import ModelError
-from model.training.checkpoint import Checkpoints
+from model.training.config import checkpoint_paths
 from tools.ablation.jobs import Job, Workers, read_json
 from tools.lib.cli import write_text
 
@@ -19,9 +19,13 @@ BASELINE = "baseline"
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: the runs that are set beside the baseline, and what the paper says (error rates in points).
+    """One claim of the paper.
 
-    runs: name -> options of train.py. train: the paper's point is what happens on the training set.
+    Args:
+        says: the subject, with the paper's section.
+        runs: name -> options of train.py, of the runs that are compared with the baseline.
+        paper: the paper's result, as changes of the top-1 / top-5 error in percentage points.
+        train: whether the claim is about the training error, which is then evaluated too.
     """
 
     says: str
@@ -83,13 +87,16 @@ CLAIMS = {
         "not in the paper",
     ),
 }
-EVALUATED = ("crops", "ensemble")  # claims about the baseline's own networks: no run of their own
+EVALUATED = ("crops", "ensemble")  # claims about the baseline's networks, which need no further runs
 
 
 def planned(
     claims: list[str], out: Path, data: Path, options: list[str], seeds: int, only: set[str]
 ) -> list[Job]:
-    """The baseline and each claim's runs; one seed after the other, so that a part is a table of fewer seeds."""
+    """The jobs of the baseline and of each claim.
+
+    Seed by seed, so that an interrupted ablation has complete results for fewer seeds.
+    """
     switches: dict[str, tuple[list[str], bool]] = {
         BASELINE: ([], any(CLAIMS[c].train for c in claims if c in CLAIMS))
     }
@@ -105,7 +112,7 @@ def planned(
 
 
 def summarise(claims: list[str], runs: list[Job]) -> list[dict[str, Any]]:
-    """A row for the baseline and each switch: errors in %, differences (same seed) to the baseline in points."""
+    """One row for each run: errors in %, and differences from the baseline's of the same seed, in points."""
     done = {(run.name, run.seed): run.result for run in runs if run.result and "failed" not in run.result}
     rows = []
     for name in dict.fromkeys(run.name for run in runs):
@@ -139,7 +146,7 @@ def summarise(claims: list[str], runs: list[Job]) -> list[dict[str, Any]]:
 
 
 def spread(values: list[float]) -> dict[str, Any] | None:
-    """Mean and standard deviation over seeds (n - 1), and the values."""
+    """Mean and sample standard deviation over seeds, and the values."""
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -149,28 +156,28 @@ def spread(values: list[float]) -> dict[str, Any] | None:
 def evaluate_baseline(
     claims: list[str], runs: list[Job], data: Path, workers: Workers, out: Path
 ) -> list[dict[str, Any]]:
-    """Ten crops and ensembles of the baseline's networks, by tools/evaluate.py; no rows where all have failed."""
+    """Evaluate the baseline's networks with ten crops and as ensembles; no rows if all its runs failed."""
     networks = [
-        Checkpoints(run.out).paths()[0]
+        checkpoint_paths(run.out)[0]
         for run in runs
         if run.name == BASELINE and run.result and "failed" not in run.result
     ]
     if not networks:
         return []
-    judged = [[str(network), network.stat().st_size, network.stat().st_mtime_ns] for network in networks]
+    evaluated = [[str(network), network.stat().st_size, network.stat().st_mtime_ns] for network in networks]
     rows = []
     for crops in (1, 10) if "crops" in claims else (1,):
         path = out / f"evaluated-{crops}.json"
         arguments = [*map(str, networks), "--data", str(data), "--crops", str(crops), "--json", str(path)]
         result = read_json(path)
-        if not result or result.get("judged") != judged:
+        if not result or result.get("judged") != evaluated:
             code, error = workers.call(
                 "tools/evaluate.py", [*arguments, "--no-progress", "--workers", "0"], 0
             )
             workers.check_stopped()
             if code:
-                raise ModelError(f"the baseline could not be evaluated: {error}")
-            result = {**json.loads(path.read_text()), "judged": judged}
+                raise ModelError(f"cannot evaluate the baseline: {error}")
+            result = {**json.loads(path.read_text()), "judged": evaluated}
             write_text(path, json.dumps(result, indent=1) + "\n")
         single = result["networks"][: len(networks)]
         row = {"crops": crops, "networks": len(networks), "count": result["count"]}

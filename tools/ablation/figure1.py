@@ -1,4 +1,4 @@
-"""The paper's figure 1: epochs that four-layer networks take to 25 % training error on CIFAR-10."""
+"""The paper's figure 1: epochs that four-layer networks need to reach 25 % training error on CIFAR-10."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tools.ablation.claims import spread
 from tools.ablation.jobs import ROOT, Job, Workers, reaches, read_json
 from tools.lib.cli import write_text
 
-TARGET = 0.25  # the training error that both networks have to reach
+TARGET = 0.25  # training error to reach
 
 
 def cifar_shards(source: Path, out: Path) -> Path:
-    """SOURCE itself if it holds shards; else lossless shards of it in OUT/cifar.
+    """`source` if it holds shards, else lossless shards built from it in OUT/cifar.
 
-    Raises ModelError if those there are of another SOURCE: finished runs may have been trained on them.
+    Raises ModelError if OUT/cifar was built from another source: finished runs may have been trained on it.
     """
     if (source / "train" / MANIFEST).exists():
         return source
@@ -34,20 +34,18 @@ def cifar_shards(source: Path, out: Path) -> Path:
     if (data / "val" / MANIFEST).exists():
         if read_json(data / "source.json") != identity:
             raise ModelError(
-                f"{data} was not built of {source} as it is now: give another --out, or --figure1 {data}"
+                f"{data} was built from another version of {source}: give another --out, or --figure1 {data}"
             )
         return data
     write_text(data / "source.json", json.dumps(identity) + "\n")
     builds = [[str(source)]]
-    if (source / "test").is_dir():  # as CIFAR's own names have it
+    if (source / "test").is_dir():  # the names of CIFAR-10's own splits
         builds = [[str(source / "train"), "--split", "train"], [str(source / "test"), "--split", "val"]]
     for arguments in builds:
         command = [sys.executable, str(ROOT / "tools/build_lmdb.py"), arguments[0], str(data), *arguments[1:]]
         options = ["--size", "32", "--encoding", "raw", "--overwrite"]
         if subprocess.run([*command, *options]).returncode:
-            raise ModelError(
-                f"no shards could be built of {source}: give CIFAR-10's archive or class folders"
-            )
+            raise ModelError(f"cannot build shards from {source}: give CIFAR-10's archive or class folders")
     return data
 
 
@@ -62,10 +60,10 @@ def figure1(
     extra: list[str],
     workers: Workers,
 ) -> tuple[list[Job], dict[str, Any]]:
-    """Epochs to 25 % training error, for each activation at the rate that makes it fastest in a short trial.
+    """Epochs to 25 % training error for each activation, at the learning rate that does best in a short trial.
 
-    The author's network for CIFAR-10 with his initial weights, pixels in levels and rate of biases. No
-    augmentation, no regularisation, a constant rate; the error is the running one of the epoch.
+    Trains the author's network for CIFAR-10 with its initial weights and bias learning rate, at a constant rate,
+    without augmentation or regularisation. The error is the running training error of an epoch.
     """
     size = ShardReader(data / "train").manifest.size
     options = [
@@ -80,7 +78,7 @@ def figure1(
         "--train-error",
     ]
     options += ["--augment", "none", "--color-std", "0", "--weight-decay", "0", "--dropout", "0"]
-    options += ["--schedule", "plateau", "--patience", "100000", *extra]  # the rate stays as it is
+    options += ["--schedule", "plateau", "--patience", "100000", *extra]  # the rate stays constant
     folder = out / "figure1"
 
     def run(activation: str, rate: str, epochs: int, seed: int, target: float | None = None) -> Job:
@@ -93,19 +91,19 @@ def figure1(
     workers.work(trials, "figure 1: rates")
     best: dict[str, str] = {}
     for activation in activations:
-        mine = [t for t in trials if t.name.startswith(f"{activation} at") and "failed" not in t.result]
-        if not mine:
-            raise ModelError(f"{activation} learns at none of {', '.join(rates)}: give other --lrs")
-        best[activation] = min(mine, key=lambda t: t.result["train_errors"][-1]).name.split(" at ")[1]
+        learnt = [t for t in trials if t.name.startswith(f"{activation} at") and "failed" not in t.result]
+        if not learnt:
+            raise ModelError(f"{activation} fails at each rate of {', '.join(rates)}: give other --lrs")
+        best[activation] = min(learnt, key=lambda t: t.result["train_errors"][-1]).name.split(" at ")[1]
     runs = [run(a, best[a], max_epochs, seed, TARGET) for seed in range(seeds) for a in activations]
     workers.work(runs, "figure 1: to 25 %")
 
     rows = []
     for activation in activations:
-        mine = [
+        finished = [
             r for r in runs if r.name == f"{activation} at {best[activation]}" and "failed" not in r.result
         ]
-        epochs = [reaches(r.result["train_errors"], TARGET) for r in mine]
+        epochs = [reaches(r.result["train_errors"], TARGET) for r in finished]
         rows.append(
             {
                 "activation": activation,
@@ -115,10 +113,10 @@ def figure1(
                     for t in trials
                     if t.name.startswith(f"{activation} at")
                 },
-                "seeds": len(mine),
+                "seeds": len(finished),
                 "epochs": spread([e for e in epochs if e is not None]),
                 "not_reached": sum(e is None for e in epochs),
-                "curves": [r.result["train_errors"] for r in mine],
+                "curves": [r.result["train_errors"] for r in finished],
             }
         )
     return runs, {"rows": rows, "target": TARGET, "max_epochs": max_epochs, "trial_epochs": tune_epochs}

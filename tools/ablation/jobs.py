@@ -1,8 +1,7 @@
-"""Jobs: train.py's runs of an ablation, several at a time, and what they have measured."""
+"""Jobs: the runs of train.py in an ablation, several at a time, and their results."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import queue
@@ -12,41 +11,37 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 from tqdm import tqdm
 
 from base.errors import ModelError
 from base.machine import cpu_threads
-from model.training.checkpoint import Checkpoints
-from model.training.config import Config
+from model.training.config import Config, checkpoint_paths
 from model.training.log import epochs_of, read_log
-from model.training.watch import SHARE
 from tools.lib.cli import write_text
 from train import EXIT_INTERRUPTED
 from train import main as train_command
 
 ROOT = Path(__file__).parents[2]
-# options of train.py that say how a job is computed, not what
+# options of train.py that change how a job is computed, but not its result
 RUNTIME_OPTIONS = {f.name for f in fields(Config) if f.metadata["group"] in ("Speed", "Run")}
 
 
 @dataclass
 class Job:
-    """One job: where, with which options, and when it may stop."""
+    """One run of train.py: its folder, its options and when it may stop."""
 
     name: str
     seed: int
     out: Path
     arguments: list[str]
-    target: float | None = None  # stop as soon as an epoch's training error is no higher
-    train_split: Path | None = None  # evaluate on it at the end
+    target: float | None = None  # stop once an epoch's training error is at most this
+    train_split: Path | None = None  # the data set whose training split is evaluated at the end
     result: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -55,15 +50,23 @@ class Job:
 
 
 class Workers:
-    """Runs train.py's runs, `jobs` at a time, each on its own GPU or its own share of the cores."""
+    """Runs `jobs` jobs at a time, each on its own GPU or its own share of the cores.
 
-    def __init__(self, jobs: int, gpus: int, threads: int | None, lock: IO[str]) -> None:
+    Args:
+        jobs: number of jobs at the same time.
+        gpus: number of GPUs; 0 is the CPU.
+        threads: CPU threads of each job; None divides the cores.
+        lock: descriptor of the lock on the folder of the ablation. Jobs inherit it, so the folder stays locked
+            until they end even if this process is killed.
+    """
+
+    def __init__(self, jobs: int, gpus: int, threads: int | None, lock: int) -> None:
         self.jobs, self.gpus, self.lock = jobs, gpus, lock
         self.threads = threads or max(1, cpu_threads() // jobs)
-        # how a run is computed, not what: another machine may continue it
+        # RUNTIME_OPTIONS only, so that a machine with other hardware can continue the ablation
         self.options = ["--no-progress", "--no-tensorboard", "--keep", "1"]
         if gpus:
-            self.options += ["--decoder", "mixed"]  # the same pixels for every job
+            self.options += ["--decoder", "mixed"]  # every job sees the same pixels
         else:
             self.options += ["--workers", "0", "--decode-threads", str(self.threads)]
         self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -73,7 +76,7 @@ class Workers:
         self.stopping = threading.Event()
 
     def __enter__(self) -> Workers:
-        """From here on SIGINT and SIGTERM stop the runs."""
+        """SIGINT and SIGTERM stop the jobs inside the `with` block."""
         signals = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {number: signal.signal(number, lambda *_: self.stop()) for number in signals}
         return self
@@ -83,13 +86,13 @@ class Workers:
             signal.signal(number, handler)
 
     def stop(self) -> None:
-        """Every run saves and ends."""
+        """Ask every running job to save and exit."""
         self.stopping.set()
         for process in list(self.processes):
             process.terminate()
 
     def work(self, jobs: list[Job], title: str) -> None:
-        """All jobs' results; those that are there already are only read. Raises Exit when stopped by a signal."""
+        """Fill in the result of each job, and run those without one. Raises Exit if a signal stopped them."""
         for job in jobs:
             job.result = finished(job)
         waiting = [job for job in jobs if not job.result]
@@ -99,7 +102,7 @@ class Workers:
         ):
             futures = [pool.submit(self._run, job) for job in waiting]
             while not all(future.done() for future in futures):
-                time.sleep(0.2)  # signals are handled in this thread
+                time.sleep(0.2)  # Python handles signals in this, the main thread
                 if done := sum(bool(job.result) for job in jobs) - bar.n:
                     bar.update(done)
         self.check_stopped()
@@ -107,9 +110,11 @@ class Workers:
             future.result()
 
     def check_stopped(self) -> None:
-        """Raises Exit if a signal has come."""
+        """Raises Exit if a signal arrived."""
         if self.stopping.is_set():
-            click.echo("stopped by a signal, the runs have saved: run the same command to continue", err=True)
+            click.echo(
+                "stopped by a signal; the runs have saved: run the same command again to continue", err=True
+            )
             raise click.exceptions.Exit(EXIT_INTERRUPTED)
 
     def _run(self, job: Job) -> None:
@@ -118,7 +123,7 @@ class Workers:
         slot = self.slots.get()
         try:
             arguments = [*self.options, *job.arguments, "--out", str(job.out), "--seed", str(job.seed)]
-            if Checkpoints(job.out).paths():
+            if checkpoint_paths(job.out):
                 arguments.append("--resume")
             else:
                 write_text(job.out / "arguments.json", json.dumps(job.arguments) + "\n")
@@ -132,14 +137,16 @@ class Workers:
                     return
                 write_text(job.out / "result.json", json.dumps(job.result, indent=1) + "\n")
             else:
-                job.result = {"failed": error or f"exit code {code}"}  # not written: tried again next time
+                job.result = {
+                    "failed": error or f"exit code {code}"
+                }  # not written: the next call tries again
         finally:
             self.slots.put(slot)
 
     def _evaluate_train(self, job: Job, slot: int) -> bool:
-        """Adds the last weights' accuracy on the training set, centre crops; False when stopped."""
+        """Add the final network's training accuracy (centre crops) to the result; False on failure."""
         path = job.out / "train-split.json"
-        newest = Checkpoints(job.out).paths()[0]
+        newest = checkpoint_paths(job.out)[0]
         arguments = [str(newest), "--data", str(job.train_split), "--split", "train", "--json", str(path)]
         code, error = self.call("tools/evaluate.py", [*arguments, "--no-progress", "--workers", "0"], slot)
         if code == 0:
@@ -149,7 +156,7 @@ class Workers:
         return code == 0
 
     def call(self, script: str, arguments: list[str], slot: int, job: Job | None = None) -> tuple[int, str]:
-        """Exit code and last line of complaint. A job with a target is stopped, and saves, once it is there."""
+        """Run a command; returns its exit code and its last line on stderr. Stops a job that reached its target."""
         environment = dict(os.environ)
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = visible_gpu(slot % self.gpus)
@@ -162,8 +169,8 @@ class Workers:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
-            pass_fds=[self.lock.fileno()],  # whoever trains holds the folder, also if this process is killed
+            start_new_session=True,  # Ctrl-C reaches this process only, which forwards it once
+            pass_fds=[self.lock],
         )
         self.processes.add(process)
         if self.stopping.is_set():
@@ -185,33 +192,35 @@ class Workers:
 
 
 def visible_gpu(index: int) -> str:
-    """The name of the index-th GPU that this process may use."""
+    """The value of CUDA_VISIBLE_DEVICES for the index-th GPU that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[index] if visible else str(index)
 
 
 def finished(job: Job) -> dict[str, Any]:
-    """The result of a job that is complete, else {}; raises ModelError if it was, or is, another run."""
+    """The result of a finished job, else {}; raises ModelError if its folder holds a run with other options."""
     result = read_json(job.out / "result.json") or {}
     began = result.get("arguments")
-    if not result and Checkpoints(job.out).paths():  # --resume would continue with its first options
+    if not result and checkpoint_paths(job.out):  # --resume would continue with its original options
         began = read_json(job.out / "arguments.json")
     if began not in (None, job.arguments) and training_options(began) != training_options(job.arguments):
-        raise ModelError(f"{job.out} was run with other options ({shlex.join(began)}): give another --out")
+        raise ModelError(
+            f"{job.out} holds a run with other options ({shlex.join(began)}): give another --out"
+        )
     if job.train_split and "train_top1" not in result:
-        return {}  # finished for a claim that did not need it: nothing is left to train, only to evaluate
+        return {}  # the claim of an earlier call did not need it: only the evaluation is left
     return result
 
 
 def training_options(arguments: list[str]) -> dict[str, Any]:
-    """train.py's options but RUNTIME_OPTIONS, however they are spelled; raises UsageError as train.py does."""
+    """The parsed options of train.py except RUNTIME_OPTIONS; raises UsageError as train.py does."""
     with train_command.make_context("train.py", list(arguments)) as context:
         options = {name: value for name, value in context.params.items() if name not in RUNTIME_OPTIONS}
     return {**options, "data": options["data"].resolve()}
 
 
 def read_json(path: Path) -> Any:
-    """What a file holds; None if it is missing or was being written."""
+    """The content of a JSON file; None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -219,7 +228,7 @@ def read_json(path: Path) -> Any:
 
 
 def measured(job: Job) -> dict[str, Any]:
-    """Validation curves and training errors of a job, an entry an epoch; steps until it began to learn."""
+    """A job's validation curves and training errors, one entry per epoch, and the steps until it began to learn."""
     log = read_log(job.out, strict=False)
     validations = [entry for entry in log if entry["kind"] == "val"]
     return {
@@ -232,15 +241,17 @@ def measured(job: Job) -> dict[str, Any]:
 
 
 def epoch_errors(out: Path) -> list[float]:
-    """The running training error of every complete epoch (train.py --train-error), each batch before its update."""
+    """The running training error (train.py --train-error) of each complete epoch."""
     return [row["error"] for row in epochs_of(read_log(out, strict=False)) if row["error"] is not None]
 
 
 def steps_to_learn(log: list[dict[str, Any]]) -> int | None:
-    """Steps until the running loss stays below 0.95 of the entropy of the first epoch's labels; None if never.
+    """Steps until the loss of every later log line is below 0.95 of the entropy of the labels; None if never.
 
-    The running loss is that of a log line, the mean over --log-every steps.
+    The entropy is that of the first epoch's labels. A log line has the mean loss over --log-every steps.
     """
+    from model.training.watch import SHARE
+
     windows = [entry for entry in log if entry["kind"] == "train" and "guess" in entry]
     first = [entry for entry in windows if entry["epoch"] == windows[0]["epoch"]]
     learnt = None
@@ -252,7 +263,7 @@ def steps_to_learn(log: list[dict[str, Any]]) -> int | None:
 
 
 def reaches(errors: list[float], target: float | None) -> float | None:
-    """Epochs until the running training error is down at `target`, between two epochs by a straight line."""
+    """Epochs until the running training error falls to `target`, interpolated linearly; None if it never does."""
     if target is None:
         return None
     for epoch, error in enumerate(errors, 1):
@@ -262,20 +273,3 @@ def reaches(errors: list[float], target: float | None) -> float | None:
             before = errors[epoch - 2]
             return epoch - 1 + (before - target) / (before - error)
     return None
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[IO[str]]:
-    """Hold OUT for one command at a time, and for the jobs that it has begun."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
-    except OSError as error:
-        raise ModelError(f"cannot write {out}: {error.strerror}; give another --out") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ModelError(f"another command, or a run that it began, is at work in {out}") from None
-        os.set_inheritable(file.fileno(), True)
-        yield file

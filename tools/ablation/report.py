@@ -18,19 +18,19 @@ from tools.lib.figures import COLORS, new_figure
 
 
 def report(parts: dict[str, Any], failed: list[str], out: Path) -> None:
-    """Write and print the table, and say which runs failed."""
+    """Write and print the table, and list the runs that failed."""
     parts["command"] = shlex.join(["python", "tools/ablate.py", *sys.argv[1:]])
     write_text(out / "results.json", json.dumps(parts, indent=1) + "\n")
     table = as_markdown(parts)
     write_text(out / "table.md", table)
     click.echo(table, nl=False)
-    click.echo(f"\n{out}/table.md, results.json and the curves are written")
+    click.echo(f"\nwrote table.md, results.json and the curves to {out}")
     for line in failed:
         click.echo(f"failed: {line}", err=True)
 
 
 def format_spread(value: dict[str, Any] | None, sign: str = "", digits: int = 1) -> str:
-    """A mean and its spread: "+1.4 ± 0.3"."""
+    """Format a mean and its standard deviation: "+1.4 ± 0.3"."""
     if value is None:
         return "–"
     return f"{value['mean']:{sign}.{digits}f}" + (
@@ -39,12 +39,12 @@ def format_spread(value: dict[str, Any] | None, sign: str = "", digits: int = 1)
 
 
 def as_markdown(parts: dict[str, Any]) -> str:
-    """What is printed and written to table.md."""
+    """The results as Markdown tables."""
     lines: list[str] = []
     if "claims" in parts:
         lines += [
-            "Validation error in % after the last epoch, training error (centre crop, no dropout) where it is the",
-            "point; mean ± standard deviation over seeds. Changes from the baseline, seed by seed, in points.",
+            "Validation error in % after the last epoch, and training error (centre crop, no dropout) for claims",
+            "about it; mean ± standard deviation over seeds. Changes from the baseline, seed by seed, in points.",
             "Learns after: steps until the training loss stays below 0.95 of the entropy of the labels.",
             "",
             "| run | switch | about | top-1 | change | top-5 | change | training | change | learns after "
@@ -79,7 +79,7 @@ def as_markdown(parts: dict[str, Any]) -> str:
     if "figure1" in parts:
         figure = parts["figure1"]
         lines += [
-            f"Figure 1: epochs to {figure['target']:.0%} training error (running error of the epoch).",
+            f"Figure 1: epochs to {figure['target']:.0%} training error (running error of an epoch).",
             "",
             "| activation | learning rate | epochs | seeds | never reached |",
             "|---|--:|--:|--:|--:|",
@@ -102,7 +102,7 @@ def as_markdown(parts: dict[str, Any]) -> str:
 
 
 def curves_figure(runs: list[Job]) -> Figure:
-    """Validation error against epochs: mean over seeds, the seeds' range shaded."""
+    """Validation error over epochs: the mean over seeds, with their range shaded."""
     names = list(dict.fromkeys(run.name for run in runs))
     figure = new_figure(9, 5.5, "Validation error of each switch")
     axes = figure.subplots()
@@ -126,7 +126,7 @@ def curves_figure(runs: list[Job]) -> Figure:
 
 
 def figure1_figure(result: dict[str, Any]) -> Figure:
-    """The paper's figure 1: training error against epochs."""
+    """The paper's figure 1: training error over epochs."""
     figure = new_figure(6.5, 4.5, "CIFAR-10, four-layer network")
     axes = figure.subplots()
     for number, row in enumerate(result["rows"]):
@@ -143,7 +143,7 @@ def figure1_figure(result: dict[str, Any]) -> Figure:
 
 
 def draw(axes: Any, curves: list[list[float]], name: str, color: str, style: str) -> None:
-    """The mean as far as all seeds go, and the range of what there is."""
+    """Draw the mean and the range of the curves up to the length of the shortest."""
     columns = [list(column) for column in zip(*curves, strict=False)]
     epochs = range(1, 1 + len(columns))
     axes.plot(epochs, [statistics.fmean(c) for c in columns], color=color, linestyle=style, label=name)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,25 +208,27 @@ def _as_sample(item: tuple[str, int]) -> dict[str, Any]:
     return {"image": Path(item[0]).read_bytes(), "label": item[1]}
 
 
-def litdata(config: Config) -> Any:
+def _decode(change: Callable[[Any], Any], sample: dict[str, Any]) -> tuple[Any, int]:
     import io
 
-    from litdata import StreamingDataLoader, StreamingDataset, optimize
     from PIL import Image
+
+    return change(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["label"]
+
+
+def litdata(config: Config) -> Any:
+    from litdata import StreamingDataLoader, StreamingDataset, optimize
 
     out = Path(config["out"])
     if not (out / "index.json").exists():
         listed = [(str(path), label) for path, label in files(config["images"])]
         optimize(_as_sample, listed, str(out), num_workers=config["threads"], chunk_bytes="64MB")
-    change = transform(config)
-
-    class Images(StreamingDataset):
-        def __getitem__(self, index: int) -> Any:
-            sample = super().__getitem__(index)
-            return change(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["label"]
-
-    dataset = Images(str(out), shuffle=True, drop_last=True)
-    return lambda: StreamingDataLoader(dataset, config["batch"], num_workers=config["threads"])
+    # its workers are spawned: what they call has to be importable
+    change = partial(_decode, transform(config))
+    dataset = StreamingDataset(str(out), shuffle=True, drop_last=True, transform=change)
+    return lambda: StreamingDataLoader(
+        dataset, batch_size=config["batch"], num_workers=config["threads"], drop_last=True
+    )
 
 
 LOADERS = {

@@ -1,1 +1,1 @@
-"""What the commands in tools/ do: `cli` is light, everything else is imported once a command works."""
+"""Implementation of the commands in tools/. All modules except `cli` are imported only when a command runs."""

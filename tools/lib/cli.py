@@ -1,6 +1,6 @@
-"""Command line of the tools: options, help, results that are written, and text that every terminal can show.
+"""The tools' command line: common options, help, output files and text for any terminal.
 
-Building a command must stay quick: nothing here imports torch, DALI, OpenCV or matplotlib.
+Does not import torch, DALI, OpenCV or matplotlib, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from base.errors import ModelError, printable
 from model.training.config import Config
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-TOP = 5  # guesses that are counted and shown
-MEANS = ("pixel", "channel", "imagenet", "none")  # of pipeline.preprocess, which imports torch
+TOP = 5  # number of guesses that are counted and shown
 
 
 def option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
@@ -26,52 +25,52 @@ def option(*names: str, **kwargs: Any) -> Callable[[Any], Any]:
 
 
 def examples(*lines: str) -> str:
-    """The epilog of a command's help: one command line each."""
+    """The epilog of a command's help, with one command line per example."""
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
 def file_option(name: str, help: str) -> Callable[[Any], Any]:
-    """An optional file to write; its parameter ends in _path, so that `--json` hides no module."""
+    """An option for a file; its parameter ends in _path, so that --json does not shadow the module."""
     parameter = name.removeprefix("--").replace("-", "_") + "_path"
     return click.option(name, parameter, type=click.Path(dir_okay=False, path_type=Path), help=help)
 
 
 def train_option(name: str, help: str, default: Any = None) -> Callable[[Any], Any]:
-    """An option of train.py, with its type and its default, or `default` where that depends on other options."""
+    """An option of train.py with its type and default; `default` replaces a default that train.py computes."""
     field = Config.__dataclass_fields__[name]
     default = field.default if default is None else default
     return option(f"--{name.replace('_', '-')}", type=field.metadata["type"], default=default, help=help)
 
 
 def out_option(default: str) -> Callable[[Any], Any]:
-    """--out of a command that always writes one file."""
+    """--out, for a command that writes one file."""
     kind = click.Path(dir_okay=False, path_type=Path)
     return option("--out", type=kind, default=Path(default), help="The file to write.")
 
 
 def run_argument(**kwargs: Any) -> Callable[[Any], Any]:
-    """RUN: a folder that train.py wrote, or a checkpoint."""
+    """The argument RUN: a folder that train.py wrote, or a checkpoint."""
     return click.argument("run", type=click.Path(path_type=Path), **kwargs)
 
 
 def data_option(help: str, whose: str = "RUN") -> Callable[[Any], Any]:
-    """--data, None where it is not given: see `tools.lib.runs.data_of`."""
+    """--data, None if it is not given: see `tools.lib.runs.data_of`."""
     return option(
         "--data",
         type=click.Path(path_type=Path),
-        show_default=f"what {whose} was trained on",
+        show_default=f"the one that {whose} was trained on",
         help=help,
     )
 
 
 def device_option(many: bool = False) -> Callable[[Any], Any]:
-    """--gpus; `many` where a command can use more than one."""
+    """--gpus; `many` if the command can use several."""
     return option(
         "--gpus",
         type=click.IntRange(0) if many else click.IntRange(0, 1),
         default=None,
         show_default="1 if there is one",
-        help="How many GPUs to use; 0 is the CPU." if many else "0 uses the CPU, 1 a GPU.",
+        help="Number of GPUs to use; 0 uses the CPU." if many else "1 uses the GPU, 0 the CPU.",
     )
 
 
@@ -81,7 +80,7 @@ def workers_option(what: str = "shards") -> Callable[[Any], Any]:
         "--workers",
         type=click.IntRange(0),
         default=1,
-        help=f"Processes for each device that read {what}; 0 reads in the main process.",
+        help=f"Reader processes per device for {what}; 0 reads in the main process.",
     )
 
 
@@ -98,7 +97,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def cell(text: str) -> str:
-    """A name as a cell of a CSV file: no spreadsheet takes it for a formula (an apostrophe goes in front).
+    """Text for a cell of a CSV file; an apostrophe keeps spreadsheets from running it as a formula.
 
     https://owasp.org/www-community/attacks/CSV_Injection
     """
@@ -107,7 +106,7 @@ def cell(text: str) -> str:
 
 
 def echo(text: str, err: bool = False) -> None:
-    """Print to any terminal: what its encoding lacks becomes an escape, as do control characters of names."""
+    """Print text; control characters and characters that the terminal's encoding lacks become escapes."""
     stream = sys.stderr if err else sys.stdout
     encoding = stream.encoding or "utf-8"
     text = "\n".join(map(printable, text.split("\n")))
@@ -118,7 +117,7 @@ def echo(text: str, err: bool = False) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a result, making its folder; "-" is the standard output. Raises ModelError if that fails."""
+    """Write a text file and create its folder; "-" is the standard output. Raises ModelError if that fails."""
     if str(path) == "-":
         echo(text.removesuffix("\n"))
         return

@@ -1,4 +1,4 @@
-"""Every picture that the tools draw, in one style and without a display. Imports no DALI."""
+"""All pictures that the tools draw. Needs no display and imports no DALI."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tools.lib.cli import cannot_write, printable, shorten
 from tools.lib.runs import Classes, class_names
 from tools.lib.samples import Prediction, TrainingBatch
 
-# told apart by colour-blind readers too (Okabe and Ito, 2008), the yellow left out: it fades on white
+# a palette for colour-blind readers (Okabe and Ito, 2008) without its yellow, which is hard to see on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 RIGHT, WRONG = "#D55E00", "#0072B2"  # bars of the correct class and of the others
-NAMED_CLASSES = 40  # as many as can be read along an axis; more become a curve or a map
-MAP_CELLS = 1000  # of a confusion map along each side: more than a picture has pixels
-# fonts with Chinese, Japanese and Korean characters, of the common systems
+NAMED_CLASSES = 40  # with more classes, their names would not fit along an axis
+MAP_CELLS = 1000  # most cells along each side of a confusion map
+# common fonts with Chinese, Japanese and Korean characters
 CJK_FONTS = (
     "Noto Sans CJK JP",
     "Noto Sans CJK SC",
@@ -51,7 +51,7 @@ matplotlib.rcParams |= {
         *(name for name in CJK_FONTS if name in {font.name for font in fontManager.ttflist}),
     ],
     "figure.dpi": 130,
-    "savefig.bbox": "tight",  # nothing is cut off, whatever the names are
+    "savefig.bbox": "tight",  # long names are not cut off
     "savefig.facecolor": "white",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -63,12 +63,12 @@ matplotlib.rcParams |= {
     "axes.grid.axis": "both",
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
-    "text.parse_math": False,  # a dollar in a file's name is a dollar
+    "text.parse_math": False,  # file names may contain dollars
 }
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """A figure of width x height inches that lays itself out."""
+    """A figure of width x height inches with constrained layout."""
     figure = Figure(figsize=(width, height), layout="constrained")
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -76,7 +76,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def show_image(axes: Axes, image: np.ndarray, title: str = "", size: float = 8) -> None:
-    """An image, (H, W, 3) RGB uint8 or floats of 0..1, without axes."""
+    """Draw an image, (H, W, 3) RGB uint8 or floats in 0..1, without axes."""
     axes.imshow(image, interpolation="antialiased")
     axes.set_axis_off()
     if title:
@@ -85,18 +85,18 @@ def show_image(axes: Axes, image: np.ndarray, title: str = "", size: float = 8) 
 
 @cache
 def _characters() -> frozenset[int]:
-    """Code points that the fonts of the pictures have."""
+    """Code points that the fonts can draw."""
     files = [findfont(FontProperties(family=[name])) for name in matplotlib.rcParams["font.family"]]
     return frozenset().union(*(get_font(file).get_charmap() for file in files))
 
 
 def drawable(text: str) -> bool:
-    """Whether the fonts have all characters of a text."""
+    """Whether the fonts can draw all characters of a text."""
     return all(ord(character) in _characters() for character in text)
 
 
 def picture_names(classes: Classes) -> list[str]:
-    """`class_names`; where no installed font has the characters the wnid, and for such wnids "label 7"."""
+    """`class_names`, replaced by the wnid or by "label 7" if no installed font can draw them."""
     names = []
     for label, (entry, name) in enumerate(zip(classes, class_names(classes), strict=True)):
         candidates = (printable(name), printable(str(entry["wnid"])), f"label {label}")
@@ -105,7 +105,7 @@ def picture_names(classes: Classes) -> list[str]:
 
 
 def caption(text: str) -> str:
-    """A file's name: characters that no font has become question marks."""
+    """Text with question marks for characters that no installed font can draw."""
     return "".join(c if drawable(c) else "?" for c in printable(text))
 
 
@@ -116,16 +116,14 @@ def png(figure: Figure) -> bytes:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture in the format that its suffix names, making its folder; raises ModelError."""
+    """Write a picture in the format of its suffix and create its folder; raises ModelError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     except OSError as error:
         raise cannot_write(path, error) from None
     except ValueError:
-        raise ModelError(
-            f"no picture format is called {path.suffix!r}: name the file {path.stem}.png"
-        ) from None
+        raise ModelError(f"{path.suffix!r} is not a picture format: name the file {path.stem}.png") from None
 
 
 # --- show batch ----------------------------------------------------------------------------------------------
@@ -190,7 +188,11 @@ def filters_figure(network: AlexNet, title: str) -> Figure:
 
 
 def curves_figure(logs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Four plots over epochs, of runs by name; over steps where a run has not finished an epoch."""
+    """Plots of loss, accuracy, learning rate and speed over epochs, or over steps if a run has no complete epoch.
+
+    Args:
+        logs: name of each run -> its log entries.
+    """
     by_epoch = all(any(e["kind"] == "val" for e in log) for log in logs.values())
     figure = new_figure(10.5, 6.6)
     loss, accuracy, lr, speed = figure.subplots(2, 2, sharex=True).flat
@@ -202,7 +204,7 @@ def curves_figure(logs: dict[str, list[dict[str, Any]]]) -> Figure:
         label = name if len(logs) > 1 else None
         dots = {"marker": "o", "markersize": 3.5}
         few = dots if len(val) <= 40 else {}
-        one = dots if len(train) == 1 else {}  # a line needs two
+        one = dots if len(train) == 1 else {}  # a line needs two points
         loss.plot(x, [e["loss"] for e in train], color=color, alpha=0.45, linewidth=1, **one)
         loss.plot(val_x, [e["loss"] for e in val], color=color, label=label, **few)
         accuracy.plot(val_x, [100 * e["top1"] for e in val], color=color, **few)
@@ -233,7 +235,7 @@ def curves_figure(logs: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def _key(axes: Any, styles: dict[str, dict[str, Any]]) -> None:
-    """A legend of line styles, in grey: colours belong to the runs."""
+    """A legend of line styles in grey, because colours distinguish runs."""
     lines = [Line2D([], [], color="#444444", **style) for style in styles.values()]
     axes.legend(lines, list(styles), loc="best")
 
@@ -242,7 +244,7 @@ def _key(axes: Any, styles: dict[str, dict[str, Any]]) -> None:
 
 
 def dataset_figure(readers: dict[str, ShardReader], counts: dict[str, np.ndarray]) -> Figure:
-    """Class counts of the splits, rejected files by reason, mean image and PCA axes of the first split."""
+    """Images per class, rejected files by reason, and the first split's mean image and principal axes of colour."""
     first = next(iter(readers.values()))
     manifest: Manifest = first.manifest
     names, n = picture_names(manifest.classes), len(manifest.classes)
@@ -296,12 +298,12 @@ def _rejected(axes: Any, manifests: dict[str, Manifest]) -> None:
 
 
 def _color_axes(axes: Any, manifest: Manifest) -> None:
-    """Each principal axis as the colours from -2 to +2 standard deviations around the mean colour."""
+    """Draw each principal axis as the colours from -2 to +2 standard deviations around the mean colour."""
     deviations = np.sqrt(manifest.pca_eigenvalues)  # of pixels in 0..1
     vectors = np.array(manifest.pca_eigenvectors)
     reach = np.linspace(-2, 2, 201)
     center = np.array(manifest.channel_mean) / 255
-    # (3, 201, 3): a row of colours for each axis
+    # (3, 201, 3): one row of colours per axis
     strips = center + reach[None, :, None] * (vectors * deviations).T[:, None, :]
     axes.imshow(np.clip(strips, 0, 1), extent=(-2, 2, 2.5, -0.5), aspect="auto", interpolation="nearest")
     axes.hlines([0.5, 1.5], -2, 2, color="white", linewidth=4)
@@ -320,7 +322,7 @@ def _color_axes(axes: Any, manifest: Manifest) -> None:
 
 
 def sheet(predictions: list[Prediction], classes: Classes, reader: ShardReader | None = None) -> Figure:
-    """The paper's figure 4: photographs with their guesses; with a `reader`, each with its neighbours' images."""
+    """The paper's figure 4: photographs with their guesses and, given a `reader`, with their neighbours."""
     names = picture_names(classes)
     if reader is None:
         columns = min(4, len(predictions))
@@ -337,7 +339,7 @@ def sheet(predictions: list[Prediction], classes: Classes, reader: ShardReader |
     stored = picture_names(reader.manifest.classes)
     width = max(len(p.neighbours) for p in predictions)
     figure = new_figure(1.5 * (width + 3), 1.75 * len(predictions))
-    # without constrained layout's own gaps the rows stay close, as in the paper
+    # rows are close together, as in the paper
     grid = figure.subplots(len(predictions), width + 2, squeeze=False, width_ratios=[1.15, 1.5, *[1] * width])
     for row, prediction in zip(grid, predictions, strict=True):
         assert prediction.rgb is not None
@@ -352,13 +354,13 @@ def sheet(predictions: list[Prediction], classes: Classes, reader: ShardReader |
 
 
 def _caption(prediction: Prediction, names: list[str]) -> str:
-    """The true class where it is known, and the file."""
+    """The true class, if it is known, and the file's name."""
     file = caption(Path(prediction.path).name)
     return file if prediction.truth is None else f"{names[prediction.truth]}: {file}"
 
 
 def _draw_bars(axes: Any, prediction: Prediction, names: list[str]) -> None:
-    """The guesses' probabilities with the names inside, the true class in another colour if it is known."""
+    """Draw the guesses as bars with names inside; the true class has another colour."""
     for place, (label, chance) in enumerate(prediction.top):
         axes.barh(place, chance, 0.8, color=RIGHT if label == prediction.truth else WRONG, alpha=0.45)
         axes.text(0.02, place, shorten(names[label], 24), va="center", fontsize=8)
@@ -371,9 +373,9 @@ def _draw_bars(axes: Any, prediction: Prediction, names: list[str]) -> None:
 
 
 def confusion_figure(pairs: tuple[np.ndarray, np.ndarray, np.ndarray], classes: Classes) -> Figure:
-    """A map of `Scores.confusion`, each row scaled to 1; beside it the most frequent mistakes by name.
+    """A map of `Scores.confusion` with rows that sum to 1, and a list of the most frequent mistakes.
 
-    With more than MAP_CELLS classes a cell of the map stands for several neighbouring labels.
+    With more than MAP_CELLS classes, each cell stands for several neighbouring labels.
     """
     true, taken, images = pairs
     n, names = len(classes), picture_names(classes)
@@ -385,13 +387,13 @@ def confusion_figure(pairs: tuple[np.ndarray, np.ndarray, np.ndarray], classes: 
     counts = np.zeros((-(-n // block),) * 2, np.int64)
     np.add.at(counts, (true // block, taken // block), images)
     shares = counts / counts.sum(1, keepdims=True).clip(1)
-    # with many classes single mistakes are faint: the root makes 1 % visible
+    # with many classes, each mistake is rare; the square root makes 1 % visible
     edges = (-0.5, block * len(counts) - 0.5)
     shown = axes.imshow(
         shares if named else np.sqrt(shares), cmap="Blues", vmin=0, vmax=1, extent=(*edges, *edges[::-1])
     )
-    axes.set_title("True class (row) taken for class (column)")
-    axes.set_anchor("N")  # its title on one line with the list's
+    axes.set_title("True class (row) and predicted class (column)")
+    axes.set_anchor("N")  # aligns its title with the list's
     axes.spines[:].set_visible(False)
     if named:
         short = [shorten(name, 22) for name in names]

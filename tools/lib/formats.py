@@ -1,4 +1,4 @@
-"""A trained network in the formats of other programs: ONNX, safetensors, torchvision. Imports no DALI."""
+"""Export to ONNX, safetensors and torchvision, and import from torchvision. Imports no DALI."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 
 from base.errors import DataError, ModelError
 from base.files import read_regular, temporary_path
-from model.alexnet import AlexNet
 from model.lrn import LRN
 from model.training import checkpoint
+from model.training.weights import IMAGENET_STD, load_torchvision
 from pipeline.preprocess import IMAGENET_MEAN, Preprocess
 from pipeline.shards import MANIFEST, Manifest
 from tools.lib.cli import cannot_write
 from tools.lib.runs import Classes, Run
 
 MAX_NAMES_BYTES = 1 << 26  # of a file of class names
-# logits of ONNX Runtime may differ by this share of the largest of torch's: float32 sums in another order
+# largest difference of ONNX Runtime's logits from torch's, relative to the largest logit
 TOLERANCE = 1e-4
 
 
 def write_file(path: Path, write: Callable[[Path], str]) -> str:
-    """Make a file by way of a temporary one, so that a failure leaves none that looks whole."""
+    """Write a file through a temporary one, so that a failure leaves no incomplete file; returns its message."""
     part = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        said = write(part)
+        message = write(part)
         part.replace(path)
-        return said
+        return message
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:
@@ -45,7 +45,7 @@ def write_file(path: Path, write: Callable[[Path], str]) -> str:
 
 
 def extra(module: str) -> Any:
-    """A module of the extra `export`; raises ModelError where it is not installed."""
+    """Import a module of the extra `export`; raises ModelError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -53,7 +53,7 @@ def extra(module: str) -> Any:
 
 
 def metadata(run: Run) -> dict[str, str]:
-    """What another program needs besides the weights: see "Exported files" in docs/tools.md."""
+    """Metadata for other programs; see "Exported files" in docs/tools.md."""
     own = run.preprocess
     preprocess: dict[str, Any] = {
         "channels": "RGB",
@@ -86,7 +86,7 @@ def metadata(run: Run) -> dict[str, str]:
 
 
 def describe(preprocess: Preprocess) -> str:
-    """The preprocessing in words, with OpenCV's names for the filters."""
+    """The preprocessing as a sentence, with OpenCV's names for the filters."""
     size, crop, mode = preprocess.size, preprocess.crop, preprocess.mean_mode
     offset = (size - crop) // 2
     means = {
@@ -107,7 +107,7 @@ def describe(preprocess: Preprocess) -> str:
 
 
 class OnnxLRN(nn.Module):
-    """LRN as the operator of ONNX, which divides alpha by size where the paper does not.
+    """LRN as ONNX's operator, which unlike the paper divides alpha by size.
 
     https://onnx.ai/onnx/operators/onnx__LRN.html
     """
@@ -126,9 +126,9 @@ class OnnxLRN(nn.Module):
 
 
 def to_onnx(run: Run, path: Path) -> str:
-    """Write an ONNX file with a free batch size, float32, and check it; returns what was found, for the user.
+    """Write a float32 ONNX file with a dynamic batch size and verify it; returns a line for the user.
 
-    Raises ModelError where the extra packages are missing, or if ONNX Runtime's logits differ from torch's.
+    Raises ModelError if the extra packages are missing or ONNX Runtime's logits differ from torch's.
     """
     onnx = extra("onnx")
     extra("onnxscript")
@@ -141,7 +141,7 @@ def to_onnx(run: Run, path: Path) -> str:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, 3, crop, crop), generator=generator).float() - 128
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself: nothing that a user could mend
+        warnings.simplefilter("ignore")  # torch's internal ones, about which a user can do nothing
         program = torch.onnx.export(
             network,
             (images,),
@@ -173,7 +173,7 @@ def to_onnx(run: Run, path: Path) -> str:
         )
     return (
         f"ONNX opset {proto.opset_import[0].version}; logits of ONNX Runtime are within {worst:.1e} of torch's, "
-        f"relative to the largest (at most {TOLERANCE:.0e} is let through)"
+        f"relative to the largest (the limit is {TOLERANCE:.0e})"
     )
 
 
@@ -181,31 +181,33 @@ def to_onnx(run: Run, path: Path) -> str:
 
 
 def to_safetensors(run: Run, path: Path) -> str:
-    """Write the state dict under its own names (https://huggingface.co/docs/safetensors)."""
+    """Write the state dict as a safetensors file (https://huggingface.co/docs/safetensors)."""
     safetensors = extra("safetensors.torch")
     state = {name: tensor.contiguous() for name, tensor in run.network.state_dict().items()}
     path.touch()
     mode = path.stat().st_mode
     safetensors.save_file(state, str(path), metadata=metadata(run))
-    path.chmod(mode)  # theirs would be readable to nobody else
+    path.chmod(mode)  # save_file would make it readable for the user only
     return f"{len(state)} tensors, {sum(t.numel() for t in state.values()):,} numbers"
 
 
 def to_torchvision(run: Run, path: Path) -> str:
-    """Write the unchanged weights as torchvision names them: equal inputs give equal logits."""
+    """Write the weights as a state dict for torchvision's alexnet: equal inputs give equal logits."""
     if run.variant != "owt":
         raise ModelError(
-            f"torchvision's alexnet is the variant owt, {run.path} is {run.variant}: train with --variant owt"
+            f"torchvision's alexnet is variant owt, but {run.path} is {run.variant}: train with --variant owt"
         )
     if run.network.options:
         switched = ", ".join(f"{name} {value}" for name, value in run.network.options.items())
-        raise ModelError(f"torchvision's alexnet has no options, {run.path} was trained with {switched}")
+        raise ModelError(
+            f"torchvision's alexnet has no options, but {run.path} was trained with {switched}: train without"
+        )
     torch.save({name: tensor.contiguous() for name, tensor in run.network.state_dict().items()}, path)
     levels = run.preprocess.mean.mean((0, 1), dtype=np.float64)
     mean = ", ".join(f"{level / 255:.6f}" for level in levels)
     inputs = f"transforms.Normalize([{mean}], [1 / 255] * 3) after ToTensor"
     if run.preprocess.mean_mode == "pixel":
-        inputs = f"255 * ToTensor minus the mean image, or nearly the same {inputs}"
+        inputs = f"255 * ToTensor minus the mean image, or approximately {inputs}"
     return f"for models.alexnet(num_classes={len(run.classes)}); its inputs are {inputs}"
 
 
@@ -220,31 +222,28 @@ def from_torchvision(
     source: Path,
     out: Path,
     *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
     data: Path | None = None,
     names: Path | None = None,
 ) -> str:
     """Make the checkpoint `out` of a state dict of torchvision's alexnet.
 
-    Such networks take (pixel - mean) / std of pixels in 0..1. The division becomes part of conv1's weights,
-    which is exact at the padded borders too, and the mean the checkpoint's channel mean. Classes are those of
-    `data`, of the lines of `names`, or numbers. Raises ModelError if `source` is something else, DataError if the
-    classes do not fit.
+    Args:
+        source: the state dict, read by `load_torchvision`.
+        out: the checkpoint to write.
+        mean, std: what the weights expect pixels in 0..1 to be normalised with; the mean becomes the
+            checkpoint's channel mean.
+        data: a data set to take the classes from.
+        names: a file of `wnid name` lines to take them from; without `data` and `names` they are numbers.
+
+    Raises:
+        ModelError: `source` is something else.
+        DataError: the classes do not match the network's outputs.
     """
-    try:
-        state = checkpoint.unpack(read_regular(Path(source), checkpoint.MAX_BYTES))
-    except OSError as error:
-        raise ModelError(f"cannot read {source}: {error.strerror}") from None
-    except Exception:  # torch raises many kinds, with pages of advice
-        raise ModelError(f"{source} is no state dict that torch can load without running its code") from None
-    try:
-        outputs = len(state["classifier.6.bias"])
-        network = AlexNet(outputs, "owt")
-        network.load_state_dict(state)
-    except (KeyError, IndexError, RuntimeError, TypeError, AttributeError, ModelError):
-        raise ModelError(f"{source} is not a state dict of torchvision's alexnet") from None
-    size, basis = 256, np.zeros((3, 3))  # the colour shift serves training only
+    weights = load_torchvision(source, std)
+    outputs = len(weights.state["classifier.6.bias"])
+    size, basis = 256, np.zeros((3, 3))  # the colour shift is for training only
     if data:
         split = next((s for s in ("train", "val") if (data / s / MANIFEST).exists()), "train")
         manifest = Manifest.load(data / split)
@@ -254,19 +253,16 @@ def from_torchvision(
         classes = _read_classes(names) if names else _numbered_classes(outputs)
     if outputs != len(classes):
         raise DataError(
-            f"{source} has {outputs} outputs, {data or names} {len(classes)} classes: give the --data or --names "
-            "that it was trained on, or neither"
+            f"{source} has {outputs} outputs, but {data or names} has {len(classes)} classes: give the --data or "
+            "--names that it was trained on, or neither"
         )
-    with torch.no_grad():
-        first = next(network.features.parameters())
-        first.copy_(first.double() / (255 * torch.tensor(std, dtype=torch.float64)).view(1, 3, 1, 1))
     levels = np.tile(255 * np.array(mean, np.float32), (size, size, 1))
-    # training on from these weights takes the mean of this name
+    # the value of --mean for a training that starts from these weights
     mode = "imagenet" if mean == IMAGENET_MEAN else "channel"
-    preprocess = Preprocess(size, network.image_size, mode, levels, basis.astype(np.float32))
-    # as train.py's, without what only training needs: nothing to --resume
+    preprocess = Preprocess(size, weights.crop, mode, levels, basis.astype(np.float32))
+    # a checkpoint of train.py without the entries that only --resume needs
     saved = {
-        "model": network.state_dict(),
+        "model": weights.state,
         "optimizer": {},
         "schedule": {},
         "scaler": {},
@@ -288,7 +284,7 @@ def from_torchvision(
 
 
 def _read_classes(path: Path) -> Classes:
-    """The classes of a file of `wnid name` lines, in sorted order of the wnids."""
+    """Read the classes from a file of `wnid name` lines, sorted by wnid."""
     try:
         lines = read_regular(path, MAX_NAMES_BYTES).decode("utf-8-sig", "surrogateescape").splitlines()
     except OSError as error:
@@ -298,13 +294,13 @@ def _read_classes(path: Path) -> Classes:
 
 
 def _numbered_classes(count: int) -> Classes:
-    """Labels as wnids; ImageNet's names come with torchvision, if it is installed."""
+    """Classes with labels as wnids; for 1000 classes with ImageNet's names from torchvision, if it is installed."""
     names: list[str] = []
     if count == 1000:
         try:
             from torchvision.models import AlexNet_Weights
 
             names = list(AlexNet_Weights.DEFAULT.meta["categories"])
-        except (ImportError, RuntimeError):  # RuntimeError: of a build for another torch
+        except (ImportError, RuntimeError):  # RuntimeError: torchvision was built for another torch
             pass
     return [{"wnid": str(i), "name": names[i] if len(names) == count else None} for i in range(count)]

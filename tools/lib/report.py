@@ -1,4 +1,4 @@
-"""The page of show report: one HTML file that loads nothing."""
+"""The page of `show.py report`: a single HTML file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tools.lib.scores import judge
 def make_report(
     run: Path, data: Path | None, *, crops: int, gpus: int | None, workers: int, progress: bool
 ) -> str:
-    """The page on RUN, judged on `data` or on the run's own; see tools/show.py."""
+    """Make the page about RUN, evaluated on `data` or on the data set it was trained on; see tools/show.py."""
     trained, log = load_run(run, one_device(gpus)), read_log(run)
     folder, data = trained.path.parent, data_of(run, data)
     readers = {split: ShardReader(data / split) for split in ("train", "val")}
@@ -58,13 +58,13 @@ def make_report(
         "top-1": f"{overall['top1']:.2%}",
         "top-5": f"{overall['top5']:.2%}",
         "loss": f"{overall['loss']:.4f}",
-        "judged on": f"{overall['count']:,} images of {val.split_dir}, "
+        "evaluated on": f"{overall['count']:,} images of {val.split_dir}, "
         + ("centre crop" if crops == 1 else f"{crops} crops"),
     }
     if stuck := next((entry for entry in log if entry["kind"] == "guessing"), None):
         facts["only guessed"] = (
-            f"after {stuck['step']:,} steps the training loss was {stuck['loss']:.3f}; that of always answering "
-            f"with the frequencies of the classes was {stuck['guess']:.3f}"
+            f"after {stuck['step']:,} steps the training loss was {stuck['loss']:.3f}, and always predicting "
+            f"the frequencies of the classes gave {stuck['guess']:.3f}"
         )
     counts = {split: count_classes(reader, split, progress) for split, reader in readers.items()}
     classes = trained.classes
@@ -73,7 +73,7 @@ def make_report(
         "Curves": curves_figure({str(folder): log}),
         "Mistakes": confusion_figure(scores.confusion(), classes),
         "Guesses": sheet(guesses(trained, val), classes),
-        "Filters": filters_figure(trained.network, "each scaled by its own largest weight; grey is 0"),
+        "Filters": filters_figure(trained.network, "each scaled by its largest weight; grey is 0"),
         "Batch": batch_figure(first, trained.preprocess, classes, f"Step 0, epoch 1: {train.split_dir}"),
         "Data set": dataset_figure(readers, counts),
     }
@@ -98,13 +98,13 @@ def html_page(
     pictures: dict[str, Figure],
     config: dict[str, Any],
 ) -> str:
-    """A page that needs no other file: pictures are data: URIs, and it loads nothing."""
+    """An HTML page whose pictures are data: URIs, so that it loads no other files."""
 
     def text(value: object) -> str:
         return escape(printable(str(value)))
 
     def table(rows: list[list[Any]], head: tuple[str, ...] = (), numbers: tuple[int, ...] = ()) -> str:
-        """`numbers`: the columns that are aligned to the right."""
+        """An HTML table; the columns `numbers` are right-aligned."""
         lines = ["<tr>" + "".join(f"<th>{text(name)}</th>" for name in head) + "</tr>"] if head else []
         for row in rows:
             kinds = (' class="number"' if at in numbers else "" for at in range(len(row)))
@@ -122,11 +122,11 @@ def html_page(
         shares = [f"{float(c[k]):.1%}" if c["images"] else "–" for k in ("top1", "top5")]
         mistake = f"{c['mistaken_for']} ({c['mistaken_images']})" if c["mistaken_images"] else ""
         rows.append([c["name"], c["images"], *shares, mistake])
-    head = ("class", "images", "top-1", "top-5", "most often taken for")
+    head = ("class", "images", "top-1", "top-5", "most often mistaken for")
     sections["Classes"] = f'<div class="classes">{table(rows, head, (1, 2, 3))}</div>'
     if config:
         options = [[name, str(value)] for name, value in config.items()]
-        sections["Options"] = f"<details><summary>of train.py</summary>{table(options)}</details>"
+        sections["Options"] = f"<details><summary>Options of train.py</summary>{table(options)}</details>"
     links = "".join(f'<a href="#{name.replace(" ", "-")}">{name}</a>' for name in sections)
     body = "\n".join(
         f'<h2 id="{name.replace(" ", "-")}">{name}</h2>\n{content}' for name, content in sections.items()

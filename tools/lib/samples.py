@@ -1,11 +1,12 @@
-"""Single images and what a network makes of them: photographs, their guesses and neighbours, a training batch.
+"""Single images: photographs with their predictions and neighbours, and the images of a training batch.
 
-DALI is imported only where a whole data set is read.
+Imports DALI only to read a whole data set.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from base.errors import DataError
+from base.errors import DataError, ModelError
 from pipeline.build.images import RejectedError, prepare
 from pipeline.build.labels import readable
 from pipeline.build.listing import RawImage, RawReader, looks_like_image
@@ -28,7 +29,8 @@ from pipeline.shards import ShardReader
 from tools.lib.cli import TOP, echo, printable
 from tools.lib.runs import Run, class_names
 
-HEADERS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF")  # of images, as opposed to lists of paths
+# the headers of image files; the zero bytes of BMP tell it from a path that begins with BM
+IMAGE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\0{4}|RIFF.{4}WEBP", re.DOTALL)
 BATCH = 32
 NEIGHBOURS = 6  # as in figure 4 of the paper
 BAR = 30  # characters of a bar for 100 %
@@ -36,7 +38,7 @@ BAR = 30  # characters of a bar for 100 %
 
 @dataclass
 class Neighbour:
-    """A stored image near the photograph: `distance` is Euclidean, between activations of fc7."""
+    """A stored image that is similar to a photograph; `distance` is the Euclidean distance of fc7 activations."""
 
     index: int
     label: int
@@ -46,17 +48,17 @@ class Neighbour:
 
 @dataclass
 class Prediction:
-    """What the network makes of one photograph."""
+    """The network's prediction for one photograph."""
 
     path: str
-    rgb: np.ndarray | None  # (size, size, 3) uint8 as prepared; kept for the sheet only
+    rgb: np.ndarray | None  # (size, size, 3) uint8; None if it is not kept for the sheet
     top: list[tuple[int, float]]  # (label, probability), best first
     truth: int | None  # the label, if the photograph's folder is named after a class
     neighbours: list[Neighbour] = field(default_factory=list)
 
 
 class Photograph(NamedTuple):
-    """A file to look at. `sure`: the user named it, or it is called like an image: then it must be one."""
+    """A file to classify. `sure`: it must be an image, since the user or its suffix says so."""
 
     path: str
     sure: bool
@@ -66,7 +68,7 @@ class Photograph(NamedTuple):
 
 
 def find_images(arguments: Iterable[str]) -> Iterator[Photograph]:
-    """Files as they are, all files of a folder (subfolders too, sorted, no hidden ones), for "-" standard input."""
+    """The given files, the files in given folders (recursively, sorted, not hidden), and for "-" those on stdin."""
     for argument in arguments:
         if argument == "-":
             yield from (Photograph(path, True) for path in _paths_of(sys.stdin.buffer.read()))
@@ -79,20 +81,22 @@ def find_images(arguments: Iterable[str]) -> Iterator[Photograph]:
 
 
 def _paths_of(listing: bytes) -> list[str]:
-    """The paths on standard input: ended by NUL as `find -print0` writes them, else one a line."""
-    if listing.startswith(HEADERS):
+    """The paths on standard input: separated by NUL, as `find -print0` writes them, or one per line."""
+    if IMAGE.match(listing):
         raise DataError("standard input is an image, not a list of paths: give the file's name instead of -")
+    if b"\0\0" in listing:
+        raise DataError("standard input is binary data, not a list of paths: give file names instead of -")
     lines = listing.split(b"\0") if b"\0" in listing else listing.splitlines()
     return [os.fsdecode(line) for line in lines if line]
 
 
 def read_photograph(path: str, size: int) -> np.ndarray:
-    """A file as the build prepares it, (size, size, 3) uint8 RGB; RejectedError says why it cannot be used."""
+    """Read a file as the build does: (size, size, 3) uint8 RGB. Raises RejectedError with the reason."""
     try:
         return prepare(RawReader(".").read(RawImage(path, -1)), size)
     except OSError as error:
         raise RejectedError(error.strerror or str(error)) from None
-    except ValueError as error:  # too large, or a path with a NUL byte in it
+    except ValueError as error:  # too large, or a path with a NUL byte
         raise RejectedError(str(error)) from None
 
 
@@ -109,16 +113,26 @@ def predict_all(
     features: bool = False,
     progress: bool = True,
 ) -> tuple[list[Prediction], Tensor, list[dict[str, str]], int]:
-    """Predictions for all photographs that can be read; the pixels of the first `keep` stay with them.
+    """Classify photographs; prints a line for each one that cannot be read.
 
-    Also returns fc7 activations (N, 4096) if `features`, what failed as {"image", "error"}, one line of which is
-    printed at once, and how many files of folders were no images.
+    Args:
+        run: the network.
+        photographs: the files.
+        device: the network's device.
+        top: number of guesses.
+        keep: number of predictions that keep their pixels.
+        features: whether to return fc7 activations.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The predictions, their fc7 activations (N, 4096), the failures as {"image", "error"}, and the number of
+        other files in folders.
     """
     predictions: list[Prediction] = []
     activations: list[Tensor] = [torch.zeros(0, device=device)]
     failed: list[dict[str, str]] = []
     others = 0
-    hidden = not progress or len(photographs) <= BATCH  # a screen of results in a moment needs no bar
+    hidden = not progress or len(photographs) <= BATCH  # a few images need no progress bar
     with tqdm(total=len(photographs), desc="images", unit=" images", disable=hidden, leave=False) as bar:
         for start in range(0, len(photographs), BATCH):
             part = photographs[start : start + BATCH]
@@ -148,12 +162,14 @@ def predict_all(
 def predict(
     run: Run, loaded: list[tuple[str, np.ndarray]], top: int, device: torch.device
 ) -> tuple[list[Prediction], Tensor]:
-    """Guesses for prepared images (path, (size, size, 3) uint8 RGB), and fc7 activations (N, 4096) float32."""
+    """Classify images (path, (size, size, 3) uint8 RGB); also returns fc7 activations (N, 4096) float32."""
     images = network_input(np.stack([rgb for _, rgb in loaded]), run.preprocess).to(device)
     fc7 = run.network.forward_features(images)
     logp = F.log_softmax(run.network.classifier[-1](fc7).float(), dim=1)
+    if logp.isnan().any():
+        raise ModelError(f"the network of {run.path} overflows on these images: give another RUN")
     best = logp.exp().topk(min(top, len(run.classes)))
-    labels = {c["wnid"]: i for i, c in enumerate(run.classes)}  # as the build names a folder's class
+    labels = {c["wnid"]: i for i, c in enumerate(run.classes)}  # the build derives wnids from folders
     predictions = [
         Prediction(
             path, rgb, list(zip(guess, chance, strict=True)), labels.get(readable(Path(path).parent.name))
@@ -166,7 +182,7 @@ def predict(
 
 
 def guesses(run: Run, reader: ShardReader, count: int = 8) -> list[Prediction]:
-    """What the network makes of images spread evenly over a split."""
+    """Predictions for images that are evenly spaced in a split."""
     chosen = np.unique(np.linspace(0, len(reader) - 1, count).astype(int)).tolist()
     loaded = [(f"image {index}", stored_image(reader, index)) for index in chosen]
     device = next(run.network.parameters()).device
@@ -189,8 +205,7 @@ def nearest(
 ) -> list[list[Neighbour]]:
     """The `count` stored images whose fc7 activations are nearest to each of `features` (M, 4096), nearest first.
 
-    Reads the whole split once and keeps only the best so far: memory does not grow with the data set. Equal
-    distances go to the lower index.
+    Reads the split once and keeps only the nearest images so far. Of equal distances, the lower index comes first.
     """
     from pipeline.load.loader import eval_loader
 
@@ -208,7 +223,7 @@ def nearest(
     with tqdm(total=len(reader), desc="neighbours", unit=" images", disable=not progress, leave=False) as bar:
         for images, batch_labels in loader:
             stored = run.network.forward_features(images).float()
-            # the quick way, by a matrix product, would find small distances only roughly
+            # a matrix product would be faster, but inaccurate for small distances
             gap = torch.cdist(features, stored, compute_mode="donot_use_mm_for_euclid_dist")
             index = torch.arange(first, first := first + len(stored), device=device)
             distances = torch.cat([distances, gap], 1)
@@ -226,7 +241,7 @@ def nearest(
 
 
 def as_text(prediction: Prediction, names: list[str]) -> str:
-    """The path, a line with a bar for each guess (* marks the true class), and the neighbours' classes."""
+    """Lines for the terminal: the path, a bar for each guess (* marks the true class), and the neighbours."""
     lines = [prediction.path]
     for label, chance in prediction.top:
         mark = " *" if label == prediction.truth else ""
@@ -238,7 +253,7 @@ def as_text(prediction: Prediction, names: list[str]) -> str:
 
 
 def as_json(prediction: Prediction, run: Run) -> dict[str, Any]:
-    """{"image", "top": [{"label", "wnid", "name", "probability"}]} and "neighbours" where asked for."""
+    """{"image", "top": [{"label", "wnid", "name", "probability"}]}, with "neighbours" if there are any."""
     names = run.names
     top = [
         {"label": label, "wnid": run.classes[label]["wnid"], "name": names[label], "probability": chance}
@@ -255,7 +270,7 @@ def as_json(prediction: Prediction, run: Run) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """The first images of one training step: as stored, how each was drawn, and the network's input."""
+    """The first images of one training step: as stored, their random views, and the network's input."""
 
     step: int  # from the start of training
     epoch: int  # from 0
@@ -287,9 +302,9 @@ def training_batch(
 
 
 def count_classes(reader: ShardReader, title: str, progress: bool = True) -> np.ndarray:
-    """Images of each class, (classes,) int64; reads every record, since labels are nowhere else."""
+    """Images per class, (classes,) int64. Reads every record, because only records have labels."""
     counts = np.zeros(len(reader.manifest.classes), np.int64)
-    hidden = not progress or len(reader) < 5000  # below some thousands it takes no time
+    hidden = not progress or len(reader) < 5000  # a few thousand images are quick
     for index in tqdm(range(len(reader)), desc=title, unit=" images", leave=False, disable=hidden):
         counts[reader.read(index)[1]] += 1
     return counts

@@ -1,4 +1,4 @@
-"""What networks make of a whole split: loss, accuracies and confusions, image by image but never class by class."""
+"""Evaluation on a whole split: loss, accuracy and confusions, in memory that does not depend on the classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Scores:
-    """One result for each image of a split, in the split's order: 13 bytes an image, whatever the classes."""
+    """The results for each image of a split, in the split's order, in 13 bytes per image."""
 
     labels: np.ndarray  # (count,) int32
     guesses: np.ndarray  # (count,) int32, the most probable class
@@ -47,13 +47,13 @@ class Scores:
         }
 
     def confusion(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(true, taken for, images) int64 of all pairs of classes that occur, sorted by the first two."""
+        """All pairs (true class, predicted class, number of images) that occur, as int64 arrays, sorted."""
         pairs = self.labels.astype(np.int64) * self.classes + self.guesses
         found, images = np.unique(pairs, return_counts=True)
         return found // self.classes, found % self.classes, images
 
     def per_class(self, classes: Classes) -> list[dict[str, Any]]:
-        """A row for each class: how many images, top-1, top-5 (0..1), and what it is most often mistaken for."""
+        """One row per class: images, top-1 and top-5 accuracy (0..1), and the most frequent mistake."""
         images, top1, top5 = (
             np.bincount(self.labels[chosen], minlength=self.classes)
             for chosen in (slice(None), self.guesses == self.labels, self.in_top)
@@ -61,7 +61,7 @@ class Scores:
         true, taken, counts = self.confusion()
         wrong = true != taken
         true, taken, counts = true[wrong], taken[wrong], counts[wrong]
-        # the last of a class wins: its most frequent mistake, of several the first
+        # the last entry of a class remains: its most frequent mistake, of equal ones the first
         order = np.lexsort((-taken, counts))
         mistaken = {int(true[i]): (int(taken[i]), int(counts[i])) for i in order}
         names = class_names(classes)
@@ -85,7 +85,7 @@ class Scores:
 
 
 class _Tally:
-    """Scores of one network while they come in; every rank fills the rows of its own images."""
+    """Collects the scores of one network; each rank fills the rows of its images."""
 
     def __init__(self, count: int, classes: int, device: torch.device) -> None:
         self.classes = classes
@@ -104,10 +104,10 @@ class _Tally:
     def scores(self, ranks: Ranks) -> Scores:
         arrays = (self.labels, self.guesses, self.in_top, self.losses, self.seen)
         for values in arrays:
-            ranks.sum(values)  # every row is zero on all ranks but one
+            ranks.sum(values)  # each row is zero on all ranks except one
         labels, guesses, in_top, losses, seen = (values.cpu().numpy() for values in arrays)
         if not (seen == 1).all():
-            raise RuntimeError("the ranks' shares do not tile the data set")
+            raise RuntimeError("the ranks do not cover the data set exactly once")
         return Scores(labels, guesses, in_top.astype(bool), losses, self.classes)
 
 
@@ -123,17 +123,28 @@ def judge(
     workers: int = 1,
     progress: bool = True,
 ) -> list[Scores]:
-    """The scores of each network on a whole split and, last, of their average if there are several.
+    """The scores of each network on a whole split and, if there are several, of their ensemble as the last.
 
-    The average is that of the softmax, and each network's softmax is itself averaged over 1 or 10 `crops`. All
-    ranks return the same. Memory grows by bytes an image and by one batch, not by images x classes. Raises
-    DataError if the data set's classes or image size are not those of the training.
+    The softmax is averaged over 1 or 10 crops and over the networks of the ensemble. All ranks return the same.
+
+    Args:
+        runs: the networks.
+        reader: the split.
+        ranks: this process's rank.
+        crops: 1 or 10.
+        batch: crops per batch.
+        amp: the autocast type; None computes in float32.
+        workers: reader processes.
+        progress: whether to show a progress bar.
+
+    Raises:
+        DataError: the data set's classes or image size differ from those in training.
     """
     for run in runs:
         check_classes(run, reader.manifest, reader.split_dir)
         check_size(run, reader.manifest, reader.split_dir)
     loaders: list[Loader] = []
-    loader_of: list[int] = []  # networks with the same preprocessing share one
+    loader_of: list[int] = []  # networks with the same preprocessing share a loader
     for run in runs:
         own = run.preprocess
         for number, loader in enumerate(loaders):
@@ -181,7 +192,7 @@ def judge(
 
 
 def evaluate(ranks: Ranks, config: dict[str, Any]) -> None:
-    """One rank's share of tools/evaluate.py; the first rank reports."""
+    """Run tools/evaluate.py on one rank; the first rank prints and writes the results."""
     split_dir, crops = config["split_dir"], int(config["crops"])
     reader = ShardReader(split_dir)
     runs = [load_run(path, ranks.device) for path in config["runs"]]
@@ -214,7 +225,7 @@ def evaluate(ranks: Ranks, config: dict[str, Any]) -> None:
 
 
 def as_text(rows: list[dict[str, Any]], split_dir: Path, crops: int, top: int) -> str:
-    """A line for each network."""
+    """The results as a table for the terminal."""
     what = "centre crop" if crops == 1 else f"{crops} crops"
     names = [printable(row["network"]) for row in rows]
     width = max(map(len, names))
@@ -226,7 +237,7 @@ def as_text(rows: list[dict[str, Any]], split_dir: Path, crops: int, top: int) -
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
-    """`Scores.per_class` as a table."""
+    """`Scores.per_class` as CSV."""
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
