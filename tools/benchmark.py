@@ -9,7 +9,7 @@ import click
 from tools.lib import cli
 
 STAGES = ("build", "read", "load", "lrn", "step", "train", "ranks", "scale", "peers")
-LONG = ("scale", "peers")  # 240,000 images with 5 GB; other loaders, in their own environment
+LONG = ("scale", "peers")  # only on request: 240,000 images (5 GB); loaders from another environment
 
 
 @click.command(
