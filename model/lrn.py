@@ -164,7 +164,7 @@ _NEEDS = {
 
 def _library(size: int) -> ctypes.CDLL | None:
     """The kernel for windows of `size` channels; None if it cannot be compiled."""
-    slower = "LRN falls back on torch's operators, many times slower"
+    slower = "LRN falls back on torch's operators, which is many times slower"
     # -fno-trapping-math lets the compiler vectorise comparisons: 4 to 7 times faster with AVX2
     return native.library("lrn", slower, "-fopenmp", "-fno-trapping-math", f"-DSIZE={size}")
 

@@ -67,8 +67,8 @@ def main(
 ) -> None:
     """Measure each stage on PHOTOGRAPHS, class folders in train/ and optionally val/, on the GPU or the CPU.
 
-    Without PHOTOGRAPHS, the tiles of tools/demo.py are used. Prints a Markdown table. What is compared is
-    measured in turns.
+    Without PHOTOGRAPHS, the tiles of tools/demo.py are used. Prints a Markdown table. Compared variants are
+    measured alternately.
     """
     from tools.bench.stages import measure
 

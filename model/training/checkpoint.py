@@ -33,7 +33,7 @@ DIGEST_BYTES = 64  # sha256 in hexadecimal
 MAX_BYTES = 16 << 30  # of a checkpoint; one with 100,000 classes, momentum and averaged weights has 6 GB
 # files that a run writes through temporary files, which remain after a kill
 OWN_FILES = r"(checkpoint-\d{9}|best)\.pt|config\.json|log\.jsonl|metrics\.csv"
-# the zip's last record: its signature begins 22 bytes, which end with the length of the comment
+# the zip's last record: a signature, then 18 bytes, the last two the length of the comment
 END_OF_ZIP = b"PK\x05\x06"
 
 
@@ -196,7 +196,7 @@ class Checkpoints:
 
 
 def find(run: Path) -> Path:
-    """The checkpoint of RUN: the file itself, or of a folder best.pt, or if there is none the newest."""
+    """The checkpoint of RUN: the file itself, or in a folder, best.pt if it exists, else the newest."""
     if run.is_file():
         return run
     if not run.is_dir():

@@ -52,7 +52,7 @@ def opt(
         type: a click type; None for switches.
         flag: the option's declaration if it does not follow from the field's name.
         shown: the default that --help shows.
-        resumable: whether a resumed run may change the option, because it does not change what is computed.
+        resumable: whether a resumed run may change the option: options for speed, length and logging.
         more: further arguments of click.option.
     """
     metadata = {"group": group, "help": help, "type": type, "flag": flag, "shown": shown}
@@ -411,9 +411,9 @@ class Config:
                 f"x --accumulate {self.accumulate}"
             )
         if self.compress and ranks == 1:
-            raise click.UsageError("--compress is for several ranks: leave it out with one")
+            raise click.UsageError("--compress needs several ranks: omit it")
         if self.compress and self.layout == "towers":
-            raise click.UsageError("--layout towers averages no gradients: leave --compress out")
+            raise click.UsageError("--layout towers averages no gradients: omit --compress")
         if self.mixup and self.global_batch // (ranks * self.accumulate) % 2:
             raise click.UsageError(
                 "--mixup blends pairs: choose a --global-batch that gives each rank and part an even number"

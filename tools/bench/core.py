@@ -1,6 +1,6 @@
 """What the stages of the benchmark share: photographs, shards, timing and the table.
 
-Rates that are compared are measured in turns within one run, so that their ratio holds on a noisy machine.
+Compared variants are measured alternately within one run, so that their ratio holds on a noisy machine.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Bench:
         return input_dtype(self.amp, self.device)
 
     def rates(self, *contestants: Callable[[], float]) -> list[float]:
-        """The median rate of each contestant, run in turns; each returns items per second."""
+        """The median rate of each contestant, run alternately; each returns items per second."""
         taken: list[list[float]] = [[] for _ in contestants]
         for _ in range(self.rounds):
             for rates, contestant in zip(taken, contestants, strict=True):

@@ -33,7 +33,7 @@ Result = dict[str, float] | str  # what was measured, or why nothing was
 
 
 def bench_peers(bench: Bench) -> Iterator[Row]:
-    """Each loader and writer in turns, on the CPU; see tools/bench/peer_loaders.py."""
+    """Each loader and writer alternately, on the CPU; see tools/bench/peer_loaders.py."""
     yield from bench_loaders(bench)
     yield from bench_writers(bench)
 
@@ -94,7 +94,7 @@ def bench_writers(bench: Bench) -> Iterator[Row]:
 
 
 def in_turns(bench: Bench, contestants: dict[str, Callable[[], Result]]) -> dict[str, dict[str, float]]:
-    """The median of each figure of each contestant that runs; the others are named."""
+    """The median of each figure of each contestant that runs; prints the names of the others."""
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     for _ in range(bench.rounds):
         for name in list(turns):

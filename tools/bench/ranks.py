@@ -43,7 +43,7 @@ def sent(kind: str, compress: bool, ranks: int, batch: int, width: int) -> float
 
 
 def time_layouts(ranks: Ranks, config: dict[str, Any]) -> None:
-    """Times one rank's steps of each layout in turns on one batch; the first rank writes the seconds of each."""
+    """Times one rank's steps of each layout alternately on one batch; the first rank writes the seconds of each."""
     batch = config["batch"]
     images, labels = held_batch(batch, ranks.device)
 
