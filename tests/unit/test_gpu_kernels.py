@@ -21,7 +21,7 @@ from model import kernels
 from model.dropout import KeyedDropout
 from model.lrn import local_response_norm
 
-triton = pytest.importorskip("triton", reason="needs Triton: pip install -c constraints.txt -e '.[triton]'")
+triton = pytest.importorskip("triton", reason="needs Triton: pip install -c .venv/pins.txt -e '.[triton]'")
 
 
 @pytest.fixture(scope="module")
