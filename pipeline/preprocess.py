@@ -23,11 +23,14 @@ _DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 class Preprocess:
     """Parameters that turn a stored record into the network's input; saved in every checkpoint.
 
-    mean: (size, size, 3) float32 RGB, levels 0..255, subtracted from the stored image; the same at all positions
-    for
-        the channel mean, and zero for "none".
-    color_basis: (3, 3) float32 with columns 255 * p_i * lambda_i of the training set (paper 4.1; eigenvalues for
-        pixels scaled to 0..1).
+    Args:
+        size: height and width of the stored images in pixels.
+        crop: height and width of the crops in pixels.
+        mean_mode: one of MEANS.
+        mean: (size, size, 3) float32 RGB, levels 0..255, subtracted from the stored image; the same at all
+            positions for a mean per channel, and zero for "none".
+        color_basis: (3, 3) float32 with columns 255 * p_i * lambda_i of the training set (paper 4.1; eigenvalues
+            for pixels scaled to 0..1).
     """
 
     size: int
@@ -90,8 +93,12 @@ def decode(data: np.ndarray, size: int) -> np.ndarray | None:
 def network_input(rgb: np.ndarray, preprocess: Preprocess) -> Tensor:
     """Turn stored images into the network's input for validation: centre crop, minus the mean.
 
-    rgb: (N, size, size, 3) uint8. Returns (N, 3, crop, crop) float32 channels-last, bit-identical to the loader's
-    output for the same pixels.
+    Args:
+        rgb: (N, size, size, 3) uint8.
+        preprocess: the parameters.
+
+    Returns:
+        (N, 3, crop, crop) float32 channels-last, bit-identical to the loader's output for the same pixels.
     """
     start = (preprocess.size - preprocess.crop) // 2
     window = slice(start, start + preprocess.crop)

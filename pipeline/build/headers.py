@@ -27,12 +27,10 @@ MAX_WEBP_PIXELS = 1 << 26  # WebP is the slowest format to decode
 MAX_RLE_BYTES, MAX_RLE_WIDTH = 1 << 23, 1 << 16
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"  # the first bytes of a file
 GIF, BMP, GZIP = (b"GIF87a", b"GIF89a"), b"BM", b"\x1f\x8b"
-MAX_SCANS, MAX_SEGMENTS = (
-    500,
-    1 << 16,
-)  # for a JPEG of any size; real files have a few dozen segments (PNG: chunks)
-# A segment with a length, or the end of the image (D9). Excludes stuffed bytes and restarts in scans, and fill
-# bytes.
+# For a JPEG of any size. Real files have a few dozen segments (PNG: chunks).
+MAX_SCANS, MAX_SEGMENTS = 500, 1 << 16
+# A segment with a length, or the end of the image (D9). Fill bytes do not match, nor do stuffed bytes and restarts
+# in scans.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 
 

@@ -188,9 +188,8 @@ def from_file(
         wnids, labels = of_classes(listed.values(), path, train_wnids)
     else:
         numbers = list(map(int, listed.values()))
-        if not known and all(
-            "/" in name for name in listed
-        ):  # a list of Caffe's: the folders are the classes
+        # in a list of Caffe's, the folders are the classes
+        if not known and all("/" in name for name in listed):
             pairs = sorted(set(zip(numbers, (name.partition("/")[0] for name in listed), strict=True)))
             if [number for number, _ in pairs] == list(range(len({folder for _, folder in pairs}))):
                 known = [readable(folder) for _, folder in pairs]

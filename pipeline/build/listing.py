@@ -98,9 +98,8 @@ class Listing:
     files: list[RawImage] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)  # the first components of names, also of empty folders
     rejected: list[tuple[str, str]] = field(default_factory=list)
-    given: dict[str, str] = field(
-        default_factory=dict
-    )  # name -> class, for archives that contain the classes
+    # name -> class, for archives that contain the classes
+    given: dict[str, str] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)  # name of each number in `given`, if known
 
     def all_names(self) -> list[str]:

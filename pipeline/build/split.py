@@ -381,9 +381,8 @@ def _write_shard(job: _ShardJob, report: Report) -> None:
     )
     note = io.BytesIO()
     np.savez(note, sums=statistics.sums, text=np.array(text))
-    report(
-        -1
-    )  # if the job was abandoned before the rename, the clean-up has removed the shard: write no note
+    # if the job was abandoned before the rename, the clean-up has removed the shard: write no note
+    report(-1)
     write_atomic(note_path, note.getvalue())
 
 

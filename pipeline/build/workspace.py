@@ -32,10 +32,10 @@ def claim(
     if overwrite and partial.exists():
         with _lock(partial):
             _remove_tree(partial)
-    begun = partial.exists()
+    existed = partial.exists()
     partial.mkdir(parents=True, exist_ok=True)
     with _lock(partial):
-        if begun:
+        if existed:
             yield _take_over(final, partial, fingerprint, stamp)
             return
         token = uuid.uuid4().hex
@@ -162,10 +162,8 @@ def remove_unfinished(partial: Path, everything: bool = False) -> None:
     """
     for path in [*partial.glob("*.tmp"), *partial.glob("work/*.tmp")]:
         number = re.match(r"shard-(\d+)\.", path.name)
-        with (
-            suppress(UserError, OSError),
-            ExitStack() as stack,
-        ):  # it is being written, or the disk is read-only
+        # skip a shard that is being written, and everything on a read-only disk
+        with suppress(UserError, OSError), ExitStack() as stack:
             if number and not everything:
                 stack.enter_context(lock_shard(partial, int(number[1])))
             if path.is_dir():

@@ -1,4 +1,4 @@
-"""Crops, mirrors, shifts colours and subtracts the mean in one pass over decoded images, on the CPU.
+"""Subtracts the mean, crops, mirrors and shifts colours in one pass over decoded images, on the CPU.
 
 DALI has one operator for each of these. Each passes over the batch in memory, and together they take longer than
 decoding (docs/performance.md). The kernel in native/views.cpp gives the same result, bit for bit with a mean image.
@@ -59,9 +59,8 @@ class Buffers:
                 break
         else:
             buffer = np.empty(size + self.ALIGNMENT, np.uint8)
-            self._kept = [
-                (old, user) for old, user in self._kept if user() is not None
-            ]  # the free ones are small
+            # drop free buffers: they are too small
+            self._kept = [(old, user) for old, user in self._kept if user() is not None]
         start = -buffer.ctypes.data % self.ALIGNMENT
         part = buffer[start : start + size]
         if len(self._kept) < self.MOST:

@@ -34,9 +34,8 @@ def main(only: tuple[str, ...], tries: int | None, corpora: tuple[Path, ...], se
     The faults are kills, signals, full disks, damaged files and hostile images, all in temporary folders. Some
     scenarios mount small disks or replace /dev/shm; they are skipped if that is not permitted (it needs root).
     """
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # exit normally, to end processes and unmount disks
+    # exit normally, to end processes and unmount disks
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     click.echo(f"{'scenario':16} {'tries':>7} {'passed':>7} {'seconds':>8}  ")
     failed = False
     for name in only or SCENARIOS:

@@ -58,8 +58,8 @@ def build_kills(work: Path, tries: int, draw: random.Random, tick: Progress) -> 
             kills += 1
             at_calls += systematic
             # killed before it started: there is nothing to resume, and --overwrite must be given again
-            begun = (out / "train.partial").exists() or not over
-            more = ["--resume"] if begun or tree(out / "train") == wanted else ["--overwrite"]
+            existed = (out / "train.partial").exists() or not over
+            more = ["--resume"] if existed or tree(out / "train") == wanted else ["--overwrite"]
         if tree(out / "train") != wanted:
             raise Lost(f"after {kills} kills the data set differs")
         if [path.name for path in out.iterdir()] != ["train"]:

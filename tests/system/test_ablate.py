@@ -157,7 +157,7 @@ def test_steps_to_learn_end_the_last_stay_at_the_level_of_guessing() -> None:
     assert jobs.steps_to_learn(log(1.0, 0.5, 0.95)) is None and jobs.steps_to_learn([]) is None
 
 
-def test_what_is_wrong_is_said_in_one_line(dataset: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(dataset: Path, tmp_path: Path) -> None:
     def ablate_output(*arguments: object, code: int) -> str:
         done = CliRunner().invoke(ablate.main, list(map(str, arguments)))
         assert done.exit_code == code, (done.output, done.exception)
@@ -269,19 +269,19 @@ def test_a_finished_baseline_gets_the_training_error_that_another_claim_needs(
 def test_an_evaluation_is_of_the_networks_there_are(
     dataset: Path, tmp_path: Path, instant: list[list[str]]
 ) -> None:
-    def judged(seeds: int) -> list[list[str]]:
+    def evaluations(seeds: int) -> list[list[str]]:
         instant.clear()
         ablated(dataset, tmp_path, "ensemble", "--seeds", seeds)
         return [c[1 : c.index("--data")] for c in instant if c[0] == "tools/evaluate.py"]
 
     paths = [str(tmp_path / f"baseline/seed-{seed}/checkpoint-000000003.pt") for seed in range(3)]
-    assert judged(3) == [paths] and judged(3) == []
-    assert judged(2) == [paths[:2]] and judged(2) == []
-    assert judged(1) == [paths[:1]] and judged(1) == []
+    assert evaluations(3) == [paths] and evaluations(3) == []
+    assert evaluations(2) == [paths[:2]] and evaluations(2) == []
+    assert evaluations(1) == [paths[:1]] and evaluations(1) == []
     os.utime(paths[0], ns=(0, 0))
-    assert judged(1) == [paths[:1]]
+    assert evaluations(1) == [paths[:1]]
     (tmp_path / "evaluated-1.json").write_text('{"count"')
-    assert judged(1) == [paths[:1]]
+    assert evaluations(1) == [paths[:1]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Builds on a Dask cluster: the same bytes as on one machine, whatever becomes of the workers."""
+"""Builds on a Dask cluster: the same bytes as on one machine, even if workers die."""
 
 import ctypes
 import errno
@@ -134,9 +134,9 @@ def test_a_worker_killed_in_mid_build_costs_nothing(
         wait_until(lambda: any(work.glob("shard-*.npz")))
         os.kill(victim, signal.SIGKILL)
         assert len(list(work.glob("shard-*.npz"))) < 12  # shards in all
-    said, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "96 images seen = 96 accepted + 0 rejected" in said
+    assert "96 images seen = 96 accepted + 0 rejected" in output
     assert "96/96" in errors and "Traceback" not in errors
     assert tree(tmp_path / "train") == local
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
@@ -154,9 +154,9 @@ def test_ctrl_c_stops_the_workers_and_resume_goes_on(
         assert "Traceback" not in errors and errors.splitlines()[-1] == "Interrupted: continue with --resume."
         assert not list(work.glob("*.at"))
     process = _start(scheduler, slow_folder, tmp_path, "--resume")
-    said, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "from before" in said
+    assert "from before" in output
     assert tree(tmp_path / "train") == local
 
 
@@ -324,13 +324,13 @@ class _Zombie(threading.Thread):
         assert self.held.wait(60)
 
     def run(self) -> None:
-        place = cluster_module._PositionFile(self.path)
+        position_file = cluster_module._PositionFile(self.path)
         try:
-            pipeline.build.split.write_shard(self.job, place.report)
+            pipeline.build.split.write_shard(self.job, position_file.report)
         except DataError as error:
             self.error = error.message
         finally:
-            place.close()
+            position_file.close()
 
     def finish(self) -> None:
         self.go.set()
@@ -369,9 +369,10 @@ def test_a_job_of_a_killed_build_leaves_the_next_one_alone(
 
     def write(jobs: list[Any]) -> None:
         for job in jobs:
+            # in the middle of the first shard
             pipeline.build.split.write_shard(
                 job, lambda position: zombies[0].finish() if position == 4 else None
-            )  # in the middle of the first shard
+            )
 
     with pytest.raises(_Killed):
         build_split(source, tmp_path, OPTIONS, workers=1, make_pool=lambda *_: _Pool(killed))
@@ -449,7 +450,7 @@ def test_few_jobs_are_under_way_at_once(scheduler: str, class_folders: Path, tmp
     assert len(most) == 12 and max(most) <= 2 * len(_pids(scheduler))
 
 
-def test_what_workers_cannot_see_is_said_before_any_work(scheduler: str, tmp_path: Path) -> None:
+def test_what_workers_cannot_see_is_reported_before_any_work(scheduler: str, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"the worker tcp://.* cannot read .*nowhere: SOURCE must be on"
     ) as error:
@@ -522,8 +523,8 @@ def test_a_build_without_workers_says_so_once(
     for _ in range(3):
         pool._last_update = -1.0
         pool._update()
-    said = "no worker is left, and the build waits for one: start `dask worker tcp://host:1 --nthreads 1`"
-    assert capsys.readouterr().err.split("\n") == ["", said, ""]
+    message = "no worker is left, and the build waits for one: start `dask worker tcp://host:1 --nthreads 1`"
+    assert capsys.readouterr().err.split("\n") == ["", message, ""]
 
 
 def test_a_scheduler_that_is_not_there_is_one_line(

@@ -106,7 +106,7 @@ def test_a_command_that_does_nothing_is_not_waited_for(monkeypatch: pytest.Monke
 
 
 def test_a_call_that_waits_for_a_dead_reader_ends_with_the_process(dataset: Path) -> None:
-    """Asked again at once, DALI waits for the dead in a lock that nobody can release."""
+    """Called again at once, DALI would wait forever for a lock that the killed reader held."""
     code = (
         "import os, signal, sys\n"
         "from multiprocessing import active_children\n"
@@ -156,11 +156,11 @@ def test_the_likelier_reason_of_a_bus_error_comes_first(
     free: int, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline.load.readers, "_free_shared_memory", lambda: free)
-    said = describe_death(-signal.SIGBUS)
-    assert f"died of SIGBUS: {first}" in said and "--shm-size" in said and "verify_lmdb" in said
+    message = describe_death(-signal.SIGBUS)
+    assert f"died of SIGBUS: {first}" in message and "--shm-size" in message and "verify_lmdb" in message
 
 
-def test_what_killed_a_reader_is_said() -> None:
+def test_the_error_names_what_killed_a_reader() -> None:
     assert "out of memory" in describe_death(-signal.SIGKILL)
     assert "SIGSEGV" in describe_death(-signal.SIGSEGV) and "verify_lmdb" in describe_death(-signal.SIGSEGV)
     assert "exit code 3" in describe_death(3)
@@ -215,12 +215,12 @@ def test_a_kill_between_best_and_numbered_loses_neither(
 
 def test_falling_back_names_what_it_passes_over(tmp_path: Path) -> None:
     run = Checkpoints(tmp_path)
-    said: list[str] = []
+    messages: list[str] = []
     for step in (1, 2):
         run.save(a_checkpoint(step))
     checkpoint_paths(run.out)[0].write_bytes(b"cut")
-    assert run.newest(fall_back=True, say=said.append)["step"] == 1
-    assert len(said) == 1 and "checkpoint-000000002.pt is damaged" in said[0]
+    assert run.newest(fall_back=True, say=messages.append)["step"] == 1
+    assert len(messages) == 1 and "checkpoint-000000002.pt is damaged" in messages[0]
     checkpoint_paths(run.out)[1].write_bytes(b"cut")
     with pytest.raises(ModelError, match=r"all 2 checkpoints .* are damaged"):
         run.newest(fall_back=True)

@@ -223,7 +223,7 @@ def test_one_rank_has_the_plain_network_whatever_the_layout(small: None) -> None
         assert layout.distribute() is layout.plain_network(network) is network and not layout.dims
 
 
-def test_what_cannot_be_laid_out_is_said() -> None:
+def test_ranks_that_do_not_fit_a_layout_are_refused() -> None:
     with pytest.raises(ModelError, match="for 2 ranks, not 4"):
         Layout(AlexNet(2, image_size=SIZE), "towers", Ranks(0, 4, 0, 4), BATCH)
     with pytest.raises(ModelError, match=r"cannot divide the .* into 3 ranks"):

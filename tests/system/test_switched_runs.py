@@ -14,7 +14,7 @@ from model.training.checkpoint import Checkpoints, load
 from model.training.config import checkpoint_paths
 from pipeline.shards import ShardReader
 from tools.lib.runs import load_run
-from tools.lib.scores import judge
+from tools.lib.scores import score_split
 
 TINY = [
     "--gpus",
@@ -47,7 +47,9 @@ def switched(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return out
 
 
-def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched: Path, dataset: Path) -> None:
+def test_the_tools_rebuild_the_network_and_evaluate_the_averaged_weights(
+    switched: Path, dataset: Path
+) -> None:
     saved = Checkpoints(switched).newest()
     assert saved["network"] == {
         "activation": "tanh", "groups": 1, "lrn": False, "pool": [2, 2], "drop_layers": ["conv3"],
@@ -58,7 +60,7 @@ def test_the_tools_rebuild_the_network_and_judge_the_averaged_weights(switched: 
         assert torch.equal(value, saved["ema"]["model"][key])
     assert any(not torch.equal(saved["model"][k], saved["ema"]["model"][k]) for k in saved["model"])
     logged = [json.loads(line) for line in (switched / "log.jsonl").read_text().splitlines()]
-    (scores,) = judge([trained], ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
+    (scores,) = score_split([trained], ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
     ours = scores.overall()
     validation = [entry for entry in logged if entry["kind"] == "val"][-1]
     assert ours["top1"] == validation["top1"] and ours["loss"] == pytest.approx(validation["loss"], rel=1e-5)

@@ -111,9 +111,8 @@ def test_an_epochs_loss_from_a_damaged_log(tmp_path: Path) -> None:
             "train", epoch=0, step=at + 10, steps=10, loss=1.0, images_per_s=1.0, lr=0.01, data_wait=0.0
         )
         log.write("val", epoch=0, step=at + 10, loss=2.0, top1=0.5, top5=0.9)
-        log.write(
-            "val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9
-        )  # its training lines are missing
+        # the training lines of this epoch are missing
+        log.write("val", epoch=1, step=at + 20, loss=2.0, top1=0.5, top5=0.9)
         log.close()
         rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
         assert [float(row["loss"]) for row in rows if row["loss"]] == pytest.approx(wanted)
@@ -275,7 +274,7 @@ def one_line_error(done: Any) -> Any:
     return lines[0]
 
 
-def test_what_is_wrong_is_said_in_one_line(whole: Path, dataset: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(whole: Path, dataset: Path, tmp_path: Path) -> None:
     data = ["--data", dataset]
     error = train_error("--data", tmp_path / "none", *SMALL)
     assert "no data set" in error and "build_lmdb.py" in error

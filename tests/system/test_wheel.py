@@ -74,5 +74,5 @@ def test_a_recipe_trains_from_another_folder(installed: Path, dataset: Path, tmp
     output = run(installed / "alexnet-train", *options, cwd=tmp_path)
     assert "epoch 1: train loss" in output
     assert (tmp_path / "run/checkpoint-000000002.pt").exists()
-    judged = run(installed / "alexnet-evaluate", "run", "--gpus", 0, "--no-progress", cwd=tmp_path)
-    assert "run/best.pt" in judged
+    scores = run(installed / "alexnet-evaluate", "run", "--gpus", 0, "--no-progress", cwd=tmp_path)
+    assert "run/best.pt" in scores

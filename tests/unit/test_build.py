@@ -320,7 +320,7 @@ def test_folders_that_may_have_been_meant_are_named(class_folders: Path, tmp_pat
 def test_a_build_without_a_compiler_says_so_once(
     class_folders: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    """Of several processes that look for the kernel, and not among the progress."""
+    """Once although several processes look for the kernel, and not inside the progress bar."""
     command = [sys.executable, "tools/build_lmdb.py", str(class_folders), str(tmp_path), "--split", "train"]
     command += ["--size", "64", "--images-per-shard", "8", "--workers", "2"]
     environment = {**os.environ, "CXX": "/no/such/compiler", "XDG_CACHE_HOME": str(tmp_path / "cache")}

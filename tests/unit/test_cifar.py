@@ -27,7 +27,7 @@ from pipeline.preprocess import Preprocess
 from pipeline.shards import ShardReader
 from tools import build_lmdb
 from tools.lib.runs import load_run
-from tools.lib.scores import judge
+from tools.lib.scores import score_split
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["airplane", "automobile", "bird"]
@@ -332,6 +332,6 @@ def test_the_papers_network_trains_on_small_images_with_a_stride_of_1(
     trained = load_run(tmp_path / "run")
     assert dict(trained.network.features.named_children())["conv1"].stride == (1, 1)
     val = ShardReader(data / "val")
-    (scores,) = judge([trained], val, Ranks(), crops=10, workers=0, progress=False)
+    (scores,) = score_split([trained], val, Ranks(), crops=10, workers=0, progress=False)
     assert sorted(scores.labels.tolist()) == [0, 0, 1, 1, 2, 2] and scores.in_top.all()  # of three classes
     assert np.isfinite(scores.losses).all() and (scores.losses > 0).all()

@@ -28,7 +28,7 @@ from pipeline.shards import Manifest, ShardReader
 from tools import evaluate as tool
 from tools.lib.figures import confusion_figure
 from tools.lib.runs import Classes, class_names, load_run
-from tools.lib.scores import Scores, as_csv, judge
+from tools.lib.scores import Scores, as_csv, score_split
 
 QUICK = ["--gpus", "0", "--workers", "0", "--no-progress"]
 
@@ -122,7 +122,7 @@ def test_training_validates_the_same(runs: list[Path], dataset: Path) -> None:
     trained, reader = load_run(runs[0]), ShardReader(dataset / "val")
     loader = eval_loader(reader, trained.preprocess, 7, workers=0)
     wanted = evaluate_in_training(trained.network, loader, Ranks())
-    (found,) = judge([trained], reader, Ranks(), batch=5, workers=0, progress=False)
+    (found,) = score_split([trained], reader, Ranks(), batch=5, workers=0, progress=False)
     assert found.overall() == pytest.approx(wanted, rel=1e-5)
 
 
@@ -130,7 +130,7 @@ def _two_ranks(ranks: Ranks, config: tuple[list[Path], Path, Path]) -> None:
     runs, data, out = config
     torch.set_num_threads(1)
     networks = [load_run(run) for run in runs]
-    results = judge(networks, ShardReader(data / "val"), ranks, batch=5, workers=0, progress=False)
+    results = score_split(networks, ShardReader(data / "val"), ranks, batch=5, workers=0, progress=False)
     if ranks.first:
         out.write_bytes(pickle.dumps(results))
 
@@ -140,7 +140,7 @@ def test_ranks_share_the_images_and_count_each_once(runs: list[Path], dataset: P
     launch(_two_ranks, (runs, dataset, tmp_path / "two"), 2, gpu=False)
     two = pickle.loads((tmp_path / "two").read_bytes())
     networks = [load_run(run) for run in runs]
-    alone = judge(networks, ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
+    alone = score_split(networks, ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
     assert len(two) == len(alone) == 3
     for found, wanted in zip(two, alone, strict=True):
         for name in ("labels", "guesses", "in_top"):
@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_images_times_classes() -> None:
 
 def test_judging_keeps_some_bytes_an_image(dataset: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", dataset)
-    (scores,) = judge([load_run(run)], ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
+    (scores,) = score_split([load_run(run)], ShardReader(dataset / "val"), Ranks(), workers=0, progress=False)
     arrays = [value for value in vars(scores).values() if isinstance(value, np.ndarray)]
     assert [array.shape for array in arrays] == [(24,)] * 4
     assert sum(array.nbytes for array in arrays) == 13 * 24
@@ -257,7 +257,7 @@ def one_line(done: Result) -> str:
     return done.stderr
 
 
-def test_what_is_wrong_is_said_in_one_line(runs: list[Path], dataset: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(runs: list[Path], dataset: Path, tmp_path: Path) -> None:
     state = checkpoint.load(runs[0] / "best.pt")
     wnids = [*state["classes"][:-1], {"wnid": "teapot", "name": None}]
     checkpoint.save(tmp_path / "other.pt", state | {"classes": wnids})
@@ -298,7 +298,7 @@ def test_without_amp_a_gpu_computes_in_float32_and_not_in_tf32(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("crops", [1, 10])
-def test_a_gpu_judges_as_the_cpu_does(runs: list[Path], dataset: Path, tmp_path: Path, crops: int) -> None:
+def test_a_gpu_scores_as_the_cpu_does(runs: list[Path], dataset: Path, tmp_path: Path, crops: int) -> None:
     results = []
     for gpus in (0, 1):
         path = tmp_path / f"{gpus}.json"

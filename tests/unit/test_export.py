@@ -181,7 +181,7 @@ def test_torchvision_has_no_network_with_other_options(dataset: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_torchvision_weights_become_a_checkpoint_that_judges_alike(dataset: Path, tmp_path: Path) -> None:
+def test_torchvision_weights_become_a_checkpoint_that_predicts_alike(dataset: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = torchvision.models.alexnet(num_classes=4).eval()
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
@@ -234,7 +234,7 @@ def test_there_and_back_is_the_same_network(owt: Path, dataset: Path, tmp_path: 
     assert isinstance(Preprocess.from_state_dict(state["preprocess"]), Preprocess)
 
 
-def test_what_is_wrong_is_said_in_one_line(
+def test_errors_are_one_line(
     run: Path, owt: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "junk.pth").write_text("junk")

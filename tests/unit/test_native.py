@@ -71,7 +71,7 @@ def test_a_library_that_does_not_load_is_built_again(cache: Path, content: bytes
 
 
 def planted(cache: Path) -> Path:
-    """Another answer in place of ours."""
+    """Replace the cached library with one that gives another answer."""
     source = Path(native.__file__).parent / "answer.cpp"
     good = source.read_text()
     assert answer() == 42
@@ -82,7 +82,7 @@ def planted(cache: Path) -> Path:
     assert answer() == 666
     library_of(cache).rename(cache / name)
     source.write_text(good)
-    assert answer() == 666  # while it is ours alone, it is believed
+    assert answer() == 666  # it is loaded, because only this user can write to it
     return cache / name
 
 

@@ -213,9 +213,7 @@ def test_the_network_runs_once(run: Path, photos: dict[str, Path], monkeypatch: 
     assert [chance for _, chance in prediction.top] == pytest.approx(chances[0].tolist(), rel=1e-4)
 
 
-def test_what_is_wrong_is_said_in_one_line(
-    run: Path, dataset: Path, tmp_path: Path, photos: dict[str, Path]
-) -> None:
+def test_errors_are_one_line(run: Path, dataset: Path, tmp_path: Path, photos: dict[str, Path]) -> None:
     for arguments, words in (
         ((tmp_path / "none", photos["rocket"]), "no run at"),
         ((run, tmp_path), "no images in"),

@@ -262,10 +262,8 @@ def test_what_is_no_image_is_rejected_with_the_reason(photo: Image.Image) -> Non
         (b"GIF89a" + bytes(1 << 20), "blocks in a GIF"),
         (b"\x1f\x8b" + bytes(30), "damaged gzip file"),
         (gzip.compress(jpeg)[:-9], "truncated"),
-        (
-            png[:33] + b"\xff\xff\xff\xf0" + png[37:],
-            "truncated PNG",
-        ),  # a chunk of 4 GB: no room is made for it
+        # a chunk that claims 4 GB, for which no memory is allocated
+        (png[:33] + b"\xff\xff\xff\xf0" + png[37:], "truncated PNG"),
         (png[:33] + (bytes(4) + b"teXt" + bytes(4)) * 70_000 + png[33:], "chunks in a PNG"),
         (_png_bomb(60000, 60000), "60000x60000 pixels"),
         (_png_bomb(0, 10), "no pixels"),
@@ -488,9 +486,9 @@ def test_without_the_kernel_opencv_does_it(
             warnings.simplefilter("always")
             assert np.array_equal(prepare(_file(photo, "PNG"), 300), expected)
             assert np.array_equal(prepare(_file(photo, "PNG"), 300), expected)
-        said = [str(w.message) for w in warned if "prepared by OpenCV alone" in str(w.message)]
-        assert len(said) == ("ALEXNET_NATIVE" not in environment)
-        assert all("no/such/compiler" in line or "rounds differently" in line for line in said)
+        messages = [str(w.message) for w in warned if "prepared by OpenCV alone" in str(w.message)]
+        assert len(messages) == ("ALEXNET_NATIVE" not in environment)
+        assert all("no/such/compiler" in line or "rounds differently" in line for line in messages)
     finally:
         for cache in caches:
             cache.cache_clear()

@@ -198,7 +198,7 @@ def test_wrong_labels_file(tmp_path: Path, lines: str, message: str) -> None:
 
 
 def test_names_are_taken_from_the_folder_and_its_parent_and_no_further_up(tmp_path: Path) -> None:
-    """A folder above them, such as /tmp, may be anybody's; which file was taken is said."""
+    """A folder above them, such as /tmp, may belong to other users; the message names the file that was used."""
     folder = tmp_path / "photos/train"
     _folders(folder, {"a/x.JPEG": b"1"})
     (tmp_path / "synset_words.txt").write_text("a planted")

@@ -457,7 +457,7 @@ def test_verify_names_folders_that_are_in_no_manifest(split: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["jpeg", "png"])
 def test_a_record_cut_short_is_named(class_folders: Path, tmp_path: Path, encoding: str) -> None:
-    """Batches lie in memory with zeros after each record, where a decoder may not miss the end."""
+    """In a batch, zeros follow each record, so a decoder might not notice a missing end."""
     options = Options(64, encoding, 90 if encoding == "jpeg" else None)
     build_split(open_source(class_folders / "val", "val"), tmp_path, options, workers=1)
     folder, key = tmp_path / "val/shard-00000", record_key(3)
@@ -477,7 +477,7 @@ def test_a_record_cut_short_is_named(class_folders: Path, tmp_path: Path, encodi
             reader.read(3)
 
 
-def test_what_is_no_data_set_is_said_with_the_way_to_one(copy: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_a_data_set_has_the_remedy(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "photos/train/n01440764").mkdir(parents=True)
     with pytest.raises(DataError, match=r"which holds n01440764: .*build_lmdb.py \S*photos OUT"):
         ShardReader(tmp_path / "photos/train")
@@ -514,9 +514,9 @@ def test_too_many_open_files_are_no_damage(class_folders: Path, tmp_path: Path) 
             attempt(lambda: readers[0].manifest.load_mean(sys.argv[1]))
     """
     command = [sys.executable, "-c", program, str(tmp_path / "val")]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(said) == 4
-    for line in said:
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 4
+    for line in lines:
         assert "too many open files (one per shard, and the limit is 16)" in line
         assert "ulimit -n 65536" in line and "again" not in line and "damaged" not in line
 

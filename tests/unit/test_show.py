@@ -177,7 +177,7 @@ def test_report_tells_that_a_run_only_guessed(run: Path, dataset: Path, tmp_path
     assert "only guessed" in (page := out.read_text()) and "1.386" in page
 
 
-def test_what_is_wrong_is_said_in_one_line(run: Path, dataset: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(run: Path, dataset: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     for arguments, words in (

@@ -41,9 +41,8 @@ def test_every_recipe_sets_the_same_options_and_gives_way_to_the_command_line(
     path: Path, tmp_path: Path
 ) -> None:
     recipe = json.loads(path.read_text())
-    assert (
-        recipe.keys() == json.loads((ROOT / "recipes/paper.json").read_text()).keys()
-    )  # so that diff is readable
+    # so that diff is readable
+    assert recipe.keys() == json.loads((ROOT / "recipes/paper.json").read_text()).keys()
     found = options_of("--recipe", path.stem)
     assert {key: found[key] for key in recipe} == recipe
     changed = options_of("--recipe", path.stem, "--lr", "0.5")
@@ -122,9 +121,8 @@ def test_the_networks_of_cuda_convnet(variant: str) -> None:
     for layer in (1, 2, 3):
         name = f"features.conv{layer}"
         maps = f.relu(f.conv2d(maps, w[f"{name}.weight"], w[f"{name}.bias"], padding=2))
-        pad = f.pad(
-            maps, (0, 1, 0, 1), value=-torch.inf if layer == 1 else 0
-        )  # rounds up, with a partial last window
+        # the size of the output is rounded up, with a partial last window
+        pad = f.pad(maps, (0, 1, 0, 1), value=-torch.inf if layer == 1 else 0)
         if layer == 1:
             maps = f.max_pool2d(pad, 3, 2)
         else:

@@ -137,9 +137,8 @@ class Workers:
                     return
                 write_text(job.out / "result.json", json.dumps(job.result, indent=1) + "\n")
             else:
-                job.result = {
-                    "failed": error or f"exit code {code}"
-                }  # not written: the next call tries again
+                # not written, so that the next call tries again
+                job.result = {"failed": error or f"exit code {code}"}
         finally:
             self.slots.put(slot)
 
@@ -200,12 +199,14 @@ def visible_gpu(index: int) -> str:
 def finished(job: Job) -> dict[str, Any]:
     """The result of a finished job, else {}; raises ModelError if its folder holds a run with other options."""
     result = read_json(job.out / "result.json") or {}
-    began = result.get("arguments")
+    original = result.get("arguments")
     if not result and checkpoint_paths(job.out):  # --resume would continue with its original options
-        began = read_json(job.out / "arguments.json")
-    if began not in (None, job.arguments) and training_options(began) != training_options(job.arguments):
+        original = read_json(job.out / "arguments.json")
+    if original not in (None, job.arguments) and training_options(original) != training_options(
+        job.arguments
+    ):
         raise ModelError(
-            f"{job.out} holds a run with other options ({shlex.join(began)}): give another --out"
+            f"{job.out} holds a run with other options ({shlex.join(original)}): give another --out"
         )
     if job.train_split and "train_top1" not in result:
         return {}  # the claim of an earlier call did not need it: only the evaluation is left

@@ -161,14 +161,14 @@ def bench_scale(bench: Bench) -> Iterator[Row]:
     builds = {
         times: build(bench.repeated(times * bench.enough), sets[times], bench.workers) for times in sizes
     }
-    begun: dict[int, list[tuple[float, int]]] = {times: [] for times in sizes}
+    first_batches: dict[int, list[tuple[float, int]]] = {times: [] for times in sizes}
     for _ in range(bench.rounds):
         for times, data in sets.items():
             # each in its own process, since freed memory that is kept would be counted again
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                begun[times].append(pool.submit(first_batch, bench, data).result())
+                first_batches[times].append(pool.submit(first_batch, bench, data).result())
     starts, memory = (
-        {times: statistics.median(turn[what] for turn in turns) for times, turns in begun.items()}
+        {times: statistics.median(turn[what] for turn in turns) for times, turns in first_batches.items()}
         for what in range(2)
     )
     loads = dict(

@@ -176,9 +176,8 @@ def bench_step(bench: Bench) -> Iterator[Row]:
             lambda: step_rate(bench, lambda: train_step(ours, images, labels)),
             lambda: step_rate(bench, lambda: train_step(plain, images, labels)),
             lambda: gemm_rate(bench, dtype) / work,
-            lambda: step_rate(
-                bench, lambda: peer(images.float(), labels)
-            ),  # as torchvision's loader gives them
+            # float32, as torchvision's loader gives them
+            lambda: step_rate(bench, lambda: peer(images.float(), labels)),
             script,
         )
     kind = str(dtype).removeprefix("torch.")

@@ -26,7 +26,7 @@ from tools.lib.figures import (
 )
 from tools.lib.runs import data_of, load_run, one_device, read_config
 from tools.lib.samples import count_classes, guesses, training_batch
-from tools.lib.scores import judge
+from tools.lib.scores import score_split
 
 
 def make_report(
@@ -38,7 +38,7 @@ def make_report(
     readers = {split: ShardReader(data / split) for split in ("train", "val")}
     train, val = readers["train"], readers["val"]
     ranks = Ranks(gpu=next(trained.network.parameters()).is_cuda)
-    (scores,) = judge([trained], val, ranks, crops=crops, workers=workers, progress=progress)
+    (scores,) = score_split([trained], val, ranks, crops=crops, workers=workers, progress=progress)
     overall = scores.overall()
     config = read_config(folder)
     options = {**vars(Config()), "global_batch": 128, **config}

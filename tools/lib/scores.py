@@ -112,7 +112,7 @@ class _Tally:
 
 
 @torch.inference_mode()
-def judge(
+def score_split(
     runs: list[Run],
     reader: ShardReader,
     ranks: Ranks,
@@ -196,7 +196,7 @@ def evaluate(ranks: Ranks, config: dict[str, Any]) -> None:
     split_dir, crops = config["split_dir"], int(config["crops"])
     reader = ShardReader(split_dir)
     runs = [load_run(path, ranks.device) for path in config["runs"]]
-    found = judge(
+    found = score_split(
         runs,
         reader,
         ranks,
