@@ -57,6 +57,7 @@ def main(config: Config) -> None:
         config.take_network(weights.variant, weights.mean, weights.crop, weights.options)
     chosen = config.fill(images)
     check_network(config, classes, size, weights)
+    del weights
     gpus = count_gpus(config.gpus)
     ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun() else gpus or config.cpu_ranks
     config.check_ranks(ranks, gpus)
@@ -110,6 +111,8 @@ def train(ranks: Ranks, config: Config) -> None:
     manifest = train_set.manifest
     weights = load_weights(config.weights) if config.weights and not config.resume else None
     state = TrainState(config, ranks, plan, manifest.classes, preprocess, manifest.content_sha256, weights)
+    del weights
+    load_weights.cache_clear()
     if ranks.gpu:
         torch.backends.cudnn.allow_tf32 = state.amp is not None  # --amp off means float32
     if config.resume:
@@ -175,6 +178,7 @@ def train(ranks: Ranks, config: Config) -> None:
 
     # ---- the loop
     stopping = False
+    state.start_window()
     while state.step < state.end_step and not stopping:
         epoch, step_in_epoch = divmod(state.step, plan.steps_per_epoch)
         log.bar(epoch, step_in_epoch, plan.steps_per_epoch)

@@ -140,11 +140,9 @@ def lock(path: Path, taken: str, wait: bool = False) -> Iterator[int]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(taken) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
-                raise
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # EACCES: on CIFS
+                raise UserError(taken) from None
         yield descriptor
     finally:
         os.close(descriptor)

@@ -31,6 +31,7 @@ from pipeline.preprocess import Preprocess
 
 DIGEST_BYTES = 64  # sha256 in hexadecimal
 MAX_BYTES = 16 << 30  # of a checkpoint; one with 100,000 classes, momentum and averaged weights has 6 GB
+GIVE_ANOTHER = ": give another file"
 # files that a run writes through temporary files, which remain after a kill
 OWN_FILES = r"(checkpoint-\d{9}|best)\.pt|config\.json|log\.jsonl|metrics\.csv"
 # the zip's last record: a signature, then 18 bytes, the last two the length of the comment
@@ -53,7 +54,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
             file.write(content)
             file.write(hashlib.sha256(content).hexdigest().encode())
     except OSError as error:
-        raise ModelError(f"cannot write the checkpoint {path}: {error.strerror}") from error
+        raise ModelError(
+            f"cannot write the checkpoint {path}: {error.strerror}; free space, then use --resume"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -65,10 +68,10 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = read_regular(path, MAX_BYTES)
     except OSError as error:
-        raise ModelError(f"cannot read the checkpoint {path}: {error.strerror}") from error
+        raise ModelError(f"cannot read the checkpoint {path}: {error.strerror}{GIVE_ANOTHER}") from error
     body, digest = memoryview(content)[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise ModelError(f"the checkpoint {path} is damaged (its checksum does not match)")
+        raise ModelError(f"the checkpoint {path} is damaged (its checksum does not match){GIVE_ANOTHER}")
     try:
         state = unpack(content)
         _check(state)
@@ -80,7 +83,7 @@ def load(path: Path) -> dict[str, Any]:
 def foreign(path: Path, error: Exception) -> ModelError:
     """The error for a file whose content is not that of a checkpoint; `error` may have many lines."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ModelError(f"{path} is not a checkpoint of train.py ({reason[:200]}): give another file")
+    return ModelError(f"{path} is not a checkpoint of train.py ({reason[:200]}){GIVE_ANOTHER}")
 
 
 def unpack(content: bytes) -> Any:
@@ -185,11 +188,15 @@ class Checkpoints:
             try:
                 return load(path)
             except ModelError as error:
+                problem = error.message.removesuffix(GIVE_ANOTHER)
                 if not fall_back:
-                    raise ModelError(
-                        f"{error.message}; to resume from the previous one, use --resume --fall-back"
-                    ) from error
-                say(f"skipped: {error.message}")
+                    remedy = (
+                        "to resume from the previous one, use --resume --fall-back"
+                        if len(paths) > 1
+                        else "start again with another --out"
+                    )
+                    raise ModelError(f"{problem}: {remedy}") from error
+                say(f"skipped: {problem}")
         raise ModelError(
             f"all {len(paths)} checkpoints in {self.out} are damaged: start again with another --out"
         )

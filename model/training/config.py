@@ -408,7 +408,7 @@ class Config:
         if self.global_batch % (ranks * self.accumulate):
             raise click.UsageError(
                 f"--global-batch {self.global_batch} is not divisible by {ranks} ranks "
-                f"x --accumulate {self.accumulate}"
+                f"x --accumulate {self.accumulate}: choose a multiple of {ranks * self.accumulate}"
             )
         if self.compress and ranks == 1:
             raise click.UsageError("--compress needs several ranks: omit it")

@@ -113,7 +113,6 @@ class TrainState:
         self.forward = self.layout.distribute(self.config.accumulate == 1, self.config.compress)
         self.train_mode()
         self._estimate_step = self.step + 100
-        self.start_window()
 
     def train_mode(self) -> None:
         """Return from evaluation to training mode; frozen batch normalisation keeps its statistics."""
@@ -228,11 +227,13 @@ class TrainState:
         saved = self.checkpoints.newest(self.config.fall_back, say)
         try:
             self._load(saved)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # the checkpoint may be right
+            raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ModelError(
                 f"the checkpoint in {self.config.folder} does not fit this run ({reason}): "
-                "resume from the previous one by deleting it, or start again with another --out"
+                "give the --out of the run that wrote it, or start again with another --out"
             ) from None
 
     def _load(self, saved: dict[str, Any]) -> None:

@@ -48,7 +48,10 @@ class Weights:
             with torch.device("meta"):  # no memory, no work
                 AlexNet(1, self.variant, image_size=self.crop, **self.options)
         except (TypeError, ValueError, RuntimeError, ModelError) as error:
-            raise checkpoint.foreign(self.path, error) from None
+            reason = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"{self.path} describes no AlexNet ({reason}){checkpoint.GIVE_ANOTHER}"
+            ) from None
 
     def check(self, network: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
         """The tensors that fit `network`, and the layers that keep their initial weights; raises as `into` does."""
@@ -99,7 +102,7 @@ def load_weights(path: Path) -> Weights:
             network = saved["variant"], dict(state), dict(saved["network"])
             return Weights(path, *network, about["mean_mode"], about["crop"])
         except (KeyError, TypeError, ValueError):
-            raise ModelError(f"{path} is not a checkpoint of train.py: give another file") from None
+            raise ModelError(f"{path} is not a checkpoint of train.py{checkpoint.GIVE_ANOTHER}") from None
     return load_torchvision(path)
 
 

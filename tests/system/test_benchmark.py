@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from base.errors import DataError
 from tools.bench.core import Bench, Row
 from tools.bench.load import load_cases
 from tools.bench.peer_loaders import LOADERS, WRITERS
@@ -56,12 +57,21 @@ def test_every_peer_is_in_the_list_that_make_installs() -> None:
     assert {names.get(name, name) for name in LOADERS if name not in OWN} <= listed
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("no such card\nmore"), "RuntimeError: no such card"),
+        (SystemExit(3), "SystemExit: 3"),  # what ranks.launch raises if a rank dies
+        (DataError("no images: give another folder"), "no images: give another folder"),
+    ],
+    ids=["error", "exit", "user error"],
+)
 def test_the_report_for_an_issue_is_one_block_and_survives_a_stage_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, line: str
 ) -> None:
     def fails(bench: Bench) -> Iterator[Row]:
         yield Row("train", "begun", "images/s", 1.0)
-        raise RuntimeError("no such card\nmore")
+        raise error
 
     monkeypatch.setitem(STAGES, "train", fails)
     monkeypatch.setattr(Bench, "seconds", lambda self, work, least=0: 0.01)
@@ -71,7 +81,7 @@ def test_the_report_for_an_issue_is_one_block_and_survives_a_stage_that_fails(
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     done = CliRunner().invoke(main, [str(photographs), *map(str, options)])
-    assert done.exit_code == 1 and "Error: train failed: RuntimeError: no such card\n" in done.stderr
+    assert done.exit_code == 1 and f"Error: train failed: {line}\n" in done.stderr
     block = done.stdout.partition("copy from here -----\n")[2].partition("----- to here")[0]
     assert (
         "| lrn | after conv1" in block and "| train | begun" in block and "3 passed, 1 failed\n```" in block

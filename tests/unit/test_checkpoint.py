@@ -123,11 +123,13 @@ def test_only_a_run_that_goes_on_is_told_how(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     path = checkpoints.save(STATE, best=True)
     path.write_bytes(b"damaged")
-    with pytest.raises(
-        ModelError, match=r"is damaged .*; to resume from the previous one, use --resume --fall-back"
-    ):
+    with pytest.raises(ModelError, match=r"is damaged \([^)]*\): start again with another --out"):
         checkpoints.newest()
-    with pytest.raises(ModelError, match=r"best\.pt is damaged \([^)]*\)$"):
+    later = checkpoints.save({**STATE, "step": STATE["step"] + 1})
+    later.write_bytes(b"damaged")
+    with pytest.raises(ModelError, match=r"is damaged \([^)]*\): .* previous one, use --resume --fall-back"):
+        checkpoints.newest()
+    with pytest.raises(ModelError, match=r"best\.pt is damaged \([^)]*\): give another file$"):
         load(find(tmp_path))
 
 

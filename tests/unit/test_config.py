@@ -125,6 +125,38 @@ def test_two_trainings_in_one_folder_are_kept_apart(dataset: Path, tmp_path: Pat
     assert train_here(*options).exit_code == 0
 
 
+def test_the_first_rate_is_that_of_training_alone(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock starts after the loaders and the log, which may take many seconds."""
+    from model.training.log import Log
+    from model.training.state import TrainState
+    from pipeline.load import loader
+
+    order: list[str] = []
+
+    def noted(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            order.append(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in (
+        (loader, "train_loader"),
+        (loader, "eval_loader"),
+        (Log, "__init__"),
+        (TrainState, "start_window"),
+        (loader.Loader, "__next__"),
+    ):
+        noted(owner, name)
+    options = ["--data", dataset, "--out", tmp_path, "--crop", 63, "--epochs", 1, "--global-batch", 32]
+    assert train_here(*options).exit_code == 0
+    assert order[:5] == ["train_loader", "eval_loader", "__init__", "start_window", "__next__"]
+
+
 def test_a_finished_run_says_so_and_keeps_its_config(dataset: Path, tmp_path: Path) -> None:
     options = ["--data", dataset, "--out", tmp_path, "--crop", 63, "--global-batch", 48]
     assert train_here(*options, "--epochs", 2).exit_code == 0

@@ -1,5 +1,6 @@
 """base/files.py: what survives a crash, a planted link, a pipe and a second process."""
 
+import errno
 import io
 import os
 import stat
@@ -161,14 +162,18 @@ def test_a_lock_keeps_another_process_out_and_goes_with_its_holder(tmp_path: Pat
         assert os.path.samestat(os.fstat(descriptor), path.stat())
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EIO])
 def test_without_locks_in_the_file_system_there_is_none_to_wait_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def flock(_descriptor: int, _operation: int) -> None:
-        raise OSError(38, "Function not implemented")
+        raise OSError(number, "")
 
     monkeypatch.setattr(base.files.fcntl, "flock", flock)
     with lock(tmp_path / "lock", "taken"), lock(tmp_path / "lock", "taken"):
+        pass
+    number = errno.EACCES  # a lock of another client on CIFS
+    with pytest.raises(UserError, match="taken"), lock(tmp_path / "lock", "taken"):
         pass
 
 

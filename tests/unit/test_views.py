@@ -119,7 +119,6 @@ def test_ten_views_are_the_papers() -> None:
     assert flips.tolist() == [0] * 5 + [1] * 5
 
 
-@needs_compiler
 def test_memory_of_a_batch_is_reused_once_nothing_refers_to_it() -> None:
     buffers = Buffers()
 
@@ -166,6 +165,7 @@ def test_batches_stay_what_they_were_while_they_are_held(dataset: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(copies, held, strict=True))
 
 
+@needs_compiler
 def test_what_the_kernel_would_read_beyond_is_refused() -> None:
     mean = np.zeros((8, 8, 3), np.float32)
     cut = cutter(mean, 6, torch.float32, 1)

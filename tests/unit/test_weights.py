@@ -30,7 +30,7 @@ def test_torchvisions_weights_take_its_mean_and_scale(tmp_path: Path) -> None:
     weights = load_weights(tmp_path / "alexnet.pth")
     assert (weights.variant, weights.mean) == ("owt", "imagenet")
     ours, theirs = AlexNet(1000, "owt").eval(), AlexNet(1000, "owt").eval()
-    assert weights.into(ours) == f"8 layers from {tmp_path / 'alexnet.pth'}"
+    assert weights.into(ours) == f"8 layers of {tmp_path / 'alexnet.pth'}"
     theirs.load_state_dict(state)
     levels = torch.randint(0, 256, (2, 3, 224, 224)).float()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -51,7 +51,9 @@ def run_stages(bench: Bench, stages: list[str]) -> tuple[list[Row], list[str]]:
             try:
                 for row in STAGES[stage](bench):
                     rows.append(row)
-            except Exception as error:
+            except click.ClickException as error:
+                failed.append(f"{stage} failed: {error.format_message()}")
+            except (Exception, SystemExit) as error:  # SystemExit: a rank of `ranks` died
                 tqdm.write(traceback.format_exc())
                 reason = (str(error).strip().splitlines() or [""])[0]
                 failed.append(f"{stage} failed: {type(error).__name__}: {reason}")

@@ -66,12 +66,14 @@ def load_run(run: Path, device: torch.device | None = None) -> Run:
             expected = AlexNet(**options).state_dict()
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in expected.items()}:
             raise ValueError("its weights do not fit its network")
-        if not all(t.isfinite().all() for t in state.values()):
-            raise ValueError("its weights are not finite")
         network = AlexNet(**options)
         network.load_state_dict(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ModelError) as error:
         raise checkpoint.foreign(path, error) from None
+    if not all(t.isfinite().all() for t in state.values()):
+        raise ModelError(
+            f"the weights in {path} are not finite: give a checkpoint from before the run diverged"
+        )
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Run(
         path=path,
