@@ -29,9 +29,11 @@ from model.dropout import KeyedDropout
 from model.lrn import LRN
 from model.parallel.ranks import Ranks, average_buffers, distribute
 
-# torch before 2.13 has these operators, which autograd differentiates, under older names
-_gather_single = getattr(funcol, "all_gather_single", funcol.all_gather_tensor_autograd)
-_scatter_single = getattr(funcol, "reduce_scatter_single", funcol.reduce_scatter_tensor_autograd)
+# collectives that autograd differentiates; torch before 2.13 has them under older names
+if hasattr(funcol, "all_gather_single"):
+    _gather_single, _scatter_single = funcol.all_gather_single, funcol.reduce_scatter_single
+else:
+    _gather_single, _scatter_single = funcol.all_gather_tensor_autograd, funcol.reduce_scatter_tensor_autograd
 LAYOUTS = ("auto", "data", "hybrid", "towers")
 
 

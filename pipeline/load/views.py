@@ -43,7 +43,7 @@ class Buffers:
     takes more than twice as long as filling it.
     """
 
-    MOST = 3  # buffers to keep: the batch in use, the next one, and one that is held for longer
+    MAX_KEPT = 3  # buffers to keep: the batch in use, the next one, and one that is held for longer
     ALIGNMENT = 64  # bytes, as torch's own allocator aligns
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Buffers:
             self._kept = [(old, user) for old, user in self._kept if user() is not None]
         start = -buffer.ctypes.data % self.ALIGNMENT
         part = buffer[start : start + size]
-        if len(self._kept) < self.MOST:
+        if len(self._kept) < self.MAX_KEPT:
             self._kept.append((buffer, weakref.ref(part)))
         return torch.from_numpy(part).view(dtype).view(shape)
 

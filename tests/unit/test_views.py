@@ -144,12 +144,12 @@ def test_memory_of_a_batch_is_reused_once_nothing_refers_to_it() -> None:
     smaller, other = make(3, torch.bfloat16), make()
     assert place in (smaller.data_ptr(), other.data_ptr())
     larger = make(9)
-    held = [make() for _ in range(2 * Buffers.MOST)]
+    held = [make() for _ in range(2 * Buffers.MAX_KEPT)]
     tensors = [smaller, other, larger, *held]
     for number, tensor in enumerate(tensors):
         tensor.fill_(number)
     assert all((tensor == number).all() for number, tensor in enumerate(tensors))
-    assert len(buffers._kept) == Buffers.MOST
+    assert len(buffers._kept) == Buffers.MAX_KEPT
 
 
 def test_batches_stay_what_they_were_while_they_are_held(dataset: Path) -> None:
@@ -161,7 +161,7 @@ def test_batches_stay_what_they_were_while_they_are_held(dataset: Path) -> None:
 
     copies = [images.clone() for images, _ in batches()]
     held = [images for images, _ in batches()]
-    assert len(held) == 8 > Buffers.MOST
+    assert len(held) == 8 > Buffers.MAX_KEPT
     assert all(torch.equal(a, b) for a, b in zip(copies, held, strict=True))
 
 
@@ -231,8 +231,8 @@ def test_without_a_compiler_dalis_operators_do_it(
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             assert torch.equal(batch(), expected)
-        said = [str(w.message) for w in warned if "cropped by DALI's operators" in str(w.message)]
-        assert len(said) == ("CXX" in environment) and all("/no/such/compiler" in line for line in said)
+        warnings_given = [str(w.message) for w in warned if "cropped by DALI's operators" in str(w.message)]
+        assert len(warnings_given) == ("CXX" in environment) and all("/no/such/compiler" in line for line in warnings_given)
     finally:
         native._load.cache_clear()
 
