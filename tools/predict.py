@@ -80,7 +80,7 @@ def main(
         progress=progress,
     )
     if not predictions and not failed:
-        where = ", ".join(cli.printable(name) for name in images)
+        where = ", ".join("the paths on standard input" if n == "-" else cli.printable(n) for n in images)
         raise DataError(f"no images in {where}: give image files or folders with images")
     if reader and predictions:
         found = samples.nearest(trained, features, reader, device, workers=workers, progress=progress)

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        # the tracker of shared memory ignores SIGINT and SIGTERM by itself, but a closed terminal would end it
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        resource_tracker.ensure_running()
+        signal.signal(signal.SIGHUP, before)
         errors = mp.get_context("spawn").SimpleQueue()
         context = mp.spawn(_spawned, (ranks, gpu, address, work, config, errors), nprocs=ranks, join=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal also sends it to the ranks

@@ -239,8 +239,10 @@ def _wandb(out: Path, config: dict[str, Any], resumed: bool) -> Any:
 
 
 def duration(seconds: float) -> str:
-    """Format as "3 min", "2 h 40 min" or "5 days 3 h"."""
-    minutes = max(1, round(seconds / 60))
+    """Format as "40 s", "3 min", "2 h 40 min" or "5 days 3 h"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)

@@ -66,6 +66,8 @@ class Watch:
         """
         if fresh_start in ("paper", "he"):
             remedy = "start again with --init torch and another --out"
+        elif step < STEPS:
+            remedy = "train longer (--epochs) before you change anything"
         else:
             remedy = "check the labels with tools/show.py batch, and start again with another --lr"
         return (

@@ -15,11 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
 
 from base.errors import DataError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 5.0  # seconds that a call into DALI may still take after a reader's death
 SHARED_MEMORY = "/dev/shm"
 MIN_FREE_BYTES = 1 << 20  # with less, shared memory counts as full; writing to it then kills the process
@@ -35,6 +37,8 @@ class ReaderWatch:
 
     def __init__(self, processes: list[Any], pipe: Any) -> None:
         self._processes = processes
+        for process in processes:
+            process.terminate = process.kill  # DALI calls it for a reader that does not end, and waits
         self._pool = getattr(getattr(pipe, "_py_pool", None), "pool", None)
         # without this, a rank that ends with an error would wait for its readers forever
         self._at_exit = Finalize(None, _end, (processes, self._pool), exitpriority=100)
@@ -145,10 +149,11 @@ def _free_shared_memory() -> float:
 
 @contextmanager
 def light_readers() -> Iterator[None]:
-    """Start reader processes that do not import the main script, and with it torch, and that ignore Ctrl-C.
+    """Start reader processes that do not import the main script, and with it torch, and that ignore SIGNALS.
 
-    The terminal sends SIGINT to the readers as well, but the trainer decides what happens: it saves, then ends
-    them.
+    A terminal, `timeout`, systemd and Slurm send these signals to the readers as well, but the trainer decides what
+    happens: it saves, then ends them. DALI would end readers with SIGTERM if one of them fails to start; they get
+    SIGKILL instead.
     """
     main = sys.modules["__main__"]
     hidden: dict[str, Any] = {
@@ -156,10 +161,13 @@ def light_readers() -> Iterator[None]:
     }
     main.__spec__ = None
     in_main_thread = threading.current_thread() is threading.main_thread()  # signals can be set only there
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS if in_main_thread}
+    terminate = BaseProcess.terminate
+    BaseProcess.terminate = BaseProcess.kill  # type: ignore[method-assign]
     try:
         yield
     finally:
+        BaseProcess.terminate = terminate  # type: ignore[method-assign]
         vars(main).update(hidden)
-        if in_main_thread:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

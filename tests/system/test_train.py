@@ -370,8 +370,11 @@ def test_a_gpu_trains_and_resumes(dataset: Path, tmp_path: Path, extra: Any) -> 
     assert load(tmp_path / "g" / "best.pt")["best"] >= 0
 
 
-def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
-    """The terminal sends SIGINT to all processes of the command, including the readers."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_saves_and_shows_how_to_continue(
+    dataset: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Terminals, `timeout`, systemd and Slurm send signals to all processes of a command, also the readers."""
     out = tmp_path / "c"
     arguments = ["--data", dataset, "--out", out, "--epochs", 50, *SMALL, "--workers", "1"]
     process = subprocess.Popen(
@@ -383,10 +386,10 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(dataset: Path, tmp_pat
         text=True,
     )
     wait_for_log(out)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 75 and "--resume" in output, errors
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors and "resource_tracker" not in errors
     assert newest(out)["step"] > 0
 
 

@@ -232,7 +232,9 @@ def test_without_a_compiler_dalis_operators_do_it(
             warnings.simplefilter("always")
             assert torch.equal(batch(), expected)
         warnings_given = [str(w.message) for w in warned if "cropped by DALI's operators" in str(w.message)]
-        assert len(warnings_given) == ("CXX" in environment) and all("/no/such/compiler" in line for line in warnings_given)
+        assert len(warnings_given) == ("CXX" in environment) and all(
+            "/no/such/compiler" in line for line in warnings_given
+        )
     finally:
         native._load.cache_clear()
 
