@@ -109,8 +109,8 @@ def test_a_node_that_is_killed_and_comes_back_changes_nothing(
     kill_node(nodes[1])
     assert victim.wait(30) == -signal.SIGKILL
     assert newest(killed)["step"] < newest(whole)["step"] == 12
-    output, _ = finish([survivor, start_node(nodes, 1, dataset, killed)])
-    assert "Error" in output  # the other node's rank lost its peer and was restarted
+    # the other node's rank loses its peer, or torchrun notices first; either way both start again
+    finish([survivor, start_node(nodes, 1, dataset, killed)])
     assert newest(killed)["step"] == 12
     assert same_weights(newest(killed), newest(whole))
     # each step once, with the same loss, learning rate and validation
