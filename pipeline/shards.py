@@ -23,7 +23,6 @@ import os
 import re
 import resource
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -33,6 +32,7 @@ from weakref import WeakValueDictionary
 import lmdb
 import numpy as np
 from google.protobuf.message import DecodeError
+from isal import isal_zlib
 
 from base.errors import DataError
 from base.files import file_sha256, fsync_directory, read_regular, write_atomic
@@ -343,7 +343,7 @@ class ShardWriter:
         datum.encoded = self._encoded
         record = datum.SerializeToString(deterministic=True)
         self._pending.append(record)
-        self._crcs.append(zlib.crc32(record))
+        self._crcs.append(isal_zlib.crc32(record))
         if len(self._pending) == self.BATCH:
             self._commit()
 
@@ -475,7 +475,7 @@ class ShardReader:
         shard, local = self._split_index(index)
         record = bytes(self._stored(shard, local))
         crcs = self._crcs[shard]
-        if crcs is not None and zlib.crc32(record) != crcs[local]:
+        if crcs is not None and isal_zlib.crc32(record) != crcs[local]:
             raise DataError(self._damage(shard, local, "its checksum differs"))
         try:
             datum = Datum.FromString(record)
