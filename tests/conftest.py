@@ -77,9 +77,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(cache.cleanup)
     os.environ["XDG_CACHE_HOME"] = cache.name
     os.environ.pop("ALEXNET_NATIVE", None)
-    # after `nohup make test &`, SIGINT is ignored, and child processes inherit that; they do not inherit a handler
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda number, frame: None)
+    # `nohup make test &` ignores these signals, and child processes inherit that; they do not inherit a handler
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
