@@ -22,6 +22,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode()
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, for use in another message; its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class UserError(click.ClickException):
     """An error that is printed as one line without a traceback.
 

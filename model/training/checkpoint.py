@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from base.errors import ModelError
+from base.errors import ModelError, one_line
 from base.files import (
     atomic_file,
     check_stored,
@@ -81,9 +81,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def foreign(path: Path, error: Exception) -> ModelError:
-    """The error for a file whose content is not that of a checkpoint; `error` may have many lines."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ModelError(f"{path} is not a checkpoint of train.py ({reason[:200]}){GIVE_ANOTHER}")
+    """The error for a file whose content is not that of a checkpoint."""
+    return ModelError(f"{path} is not a checkpoint of train.py ({one_line(error)[:200]}){GIVE_ANOTHER}")
 
 
 def unpack(content: bytes) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from base.errors import ModelError
+from base.errors import ModelError, one_line
 from model.alexnet import AlexNet
 from model.parallel.layouts import Layout
 from model.parallel.ranks import Ranks
@@ -230,9 +230,8 @@ class TrainState:
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # the checkpoint may be right
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise ModelError(
-                f"the checkpoint in {self.config.folder} does not fit this run ({reason}): "
+                f"the checkpoint in {self.config.folder} does not fit this run ({one_line(error)[:200]}): "
                 "give the --out of the run that wrote it, or start again with another --out"
             ) from None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from base.errors import ModelError
+from base.errors import ModelError, one_line
 from base.files import open_regular, read_regular
 from model.alexnet import AlexNet
 from model.training import checkpoint
@@ -48,7 +48,7 @@ class Weights:
             with torch.device("meta"):  # no memory, no work
                 AlexNet(1, self.variant, image_size=self.crop, **self.options)
         except (TypeError, ValueError, RuntimeError, ModelError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise ModelError(
                 f"{self.path} describes no AlexNet ({reason}){checkpoint.GIVE_ANOTHER}"
             ) from None

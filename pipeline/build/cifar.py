@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from base.errors import DataError
+from base.errors import DataError, one_line
 from base.files import lock, open_regular
 from pipeline.build.images import encode
 
@@ -90,9 +90,8 @@ def _read(archive: Path) -> tuple[list[str], list[Batch]]:
     except DataError:
         raise
     except Exception as error:  # unpickling damaged bytes can raise any type
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{archive} is not a CIFAR-10 archive, or is damaged ({reason}): download it again"
+            f"{archive} is not a CIFAR-10 archive, or is damaged ({one_line(error)}): download it again"
         ) from None
     counts = {split: sum(len(b[2]) for b in batches if b[0] == split) for split in ("train", "val")}
     if not all(counts.values()):

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from base.errors import DataError
+from base.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from pipeline.build.listing import Listing
@@ -27,8 +27,7 @@ def _open(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"cannot read {path} ({reason}): download it again") from None
+        raise DataError(f"cannot read {path} ({one_line(error)}): download it again") from None
 
 
 def _columns(file: Any, path: Path) -> tuple[str, str, list[str]]:
@@ -66,8 +65,9 @@ def index(listing: Listing, root: Path, names: list[str]) -> None:
                 try:
                     table = file.read_row_group(group, columns=wanted).to_pydict()
                 except Exception as error:  # pyarrow raises many types for a damaged file
-                    reason = " ".join(str(error).split())
-                    raise DataError(f"{root / name} is damaged ({reason}): download it again") from None
+                    raise DataError(
+                        f"{root / name} is damaged ({one_line(error)}): download it again"
+                    ) from None
                 images = table.get(image) or [None] * len(table[label])
                 for offset, (entry, value) in enumerate(zip(images, table[label], strict=True)):
                     path = entry.get("path") if isinstance(entry, dict) else None
