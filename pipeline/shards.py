@@ -23,7 +23,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from isal import isal_zlib
 from base.errors import DataError
 from base.files import file_sha256, fsync_directory, read_regular, write_atomic
 from pipeline.datum_pb2 import Datum
+from pipeline.lmdb_pages import RecordPages
 
 FORMAT_VERSION = 1
 # {encoding: last bytes of a complete file}: JPEG's end of image, PNG's last chunk
@@ -406,7 +407,7 @@ def _environment(directory: Path) -> Any:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        # readahead=False: reads are random, so pages read ahead would only evict others.
+        # readahead=False: reads are random; `prefetch` names the pages instead
         try:
             env = lmdb.open(os.fsencode(directory), readonly=True, lock=False, readahead=False, create=False)
         except lmdb.Error as error:
@@ -465,6 +466,20 @@ class ShardReader:
         IndexError outside 0..len-1; DataError if the record is missing.
         """
         return len(self._stored(*self._split_index(index)))
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Have the kernel read these records from disk, all at the same time, without waiting for them.
+
+        Without it, `read` waits for each page of a record that is not in memory, one after the other. IndexError
+        outside 0..len-1; DataError if a shard cannot be opened.
+        """
+        for index in indices:
+            shard, local = self._split_index(index)
+            pages = self._pages[shard]
+            if pages is None:
+                first = self._stored(shard, 0)
+                pages = self._pages[shard] = RecordPages(self._files[shard][0], first)
+            pages.prefetch(local)
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
         """Return (data, label) of global `index`.
@@ -546,7 +561,7 @@ class ShardReader:
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        open_files = ("_transactions", "_crcs", "_files", "_checked_at", "_pid")
+        open_files = ("_transactions", "_crcs", "_pages", "_files", "_checked_at", "_pid")
         return {name: value for name, value in self.__dict__.items() if name not in open_files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -556,6 +571,7 @@ class ShardReader:
     def _reset(self) -> None:
         self._transactions: list[Any] = [None] * len(self._ends)
         self._crcs: list[np.ndarray | None] = [None] * len(self._ends)
+        self._pages: list[RecordPages | None] = [None] * len(self._ends)
         self._files = [(Path(), 0)] * len(self._ends)  # path and inode of each open file
         self._checked_at = [0.0] * len(self._ends)  # when its length was last checked
         self._pid = os.getpid()

@@ -43,6 +43,7 @@ def _read(reader: ShardReader, samples: np.ndarray) -> tuple[Records, np.ndarray
     """
     indices = samples.tolist()
     rows = None
+    reader.prefetch(indices)
     if reader.manifest.encoding != "raw":
         stored = [reader.stored_bytes(index) for index in indices]
         if len(stored) * max(stored) <= PADDED * sum(stored):

@@ -90,6 +90,9 @@ class Records:
 
     manifest = SimpleNamespace(encoding="jpeg")
 
+    def prefetch(self, indices: list[int]) -> None:
+        pass
+
     def stored_bytes(self, index: int) -> int:
         return len(self.read(index)[0]) + 3
 
