@@ -59,8 +59,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, remedy: str = GIVE_ANOTHER) -> dict[str, Any]:
     """Read a checkpoint to the CPU; raises ModelError if it is missing, damaged, or was not written by `save`.
+
+    `remedy` ends the message of the error.
 
     The checksum detects accidental damage. Against malicious files, torch's restricted unpickler runs no code, and
     tensors take no more memory than the file has bytes.
@@ -68,21 +70,21 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = read_regular(path, MAX_BYTES)
     except OSError as error:
-        raise ModelError(f"cannot read the checkpoint {path}: {error.strerror}{GIVE_ANOTHER}") from error
+        raise ModelError(f"cannot read the checkpoint {path}: {error.strerror}{remedy}") from error
     body, digest = memoryview(content)[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
     if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise ModelError(f"the checkpoint {path} is damaged (its checksum does not match){GIVE_ANOTHER}")
+        raise ModelError(f"the checkpoint {path} is damaged (its checksum does not match){remedy}")
     try:
         state = unpack(content)
         _check(state)
     except Exception as error:  # torch raises many kinds
-        raise foreign(path, error) from None
+        raise foreign(path, error, remedy) from None
     return dict(state)
 
 
-def foreign(path: Path, error: Exception) -> ModelError:
+def foreign(path: Path, error: Exception, remedy: str = GIVE_ANOTHER) -> ModelError:
     """The error for a file whose content is not that of a checkpoint."""
-    return ModelError(f"{path} is not a checkpoint of train.py ({one_line(error)[:200]}){GIVE_ANOTHER}")
+    return ModelError(f"{path} is not a checkpoint of train.py ({one_line(error)[:200]}){remedy}")
 
 
 def unpack(content: bytes) -> Any:
@@ -183,19 +185,16 @@ class Checkpoints:
         paths = checkpoint_paths(self.out)
         if not paths:
             raise ModelError(f"{self.out} holds no checkpoint to resume from: start without --resume")
+        remedy = ": start again with another --out"
+        if len(paths) > 1:
+            remedy = ": to resume from the previous one, use --resume --fall-back"
         for path in paths:
             try:
-                return load(path)
+                return load(path, "" if fall_back else remedy)
             except ModelError as error:
-                problem = error.message.removesuffix(GIVE_ANOTHER)
                 if not fall_back:
-                    remedy = (
-                        "to resume from the previous one, use --resume --fall-back"
-                        if len(paths) > 1
-                        else "start again with another --out"
-                    )
-                    raise ModelError(f"{problem}: {remedy}") from error
-                say(f"skipped: {problem}")
+                    raise
+                say(f"skipped: {error.message}")
         raise ModelError(
             f"all {len(paths)} checkpoints in {self.out} are damaged: start again with another --out"
         )

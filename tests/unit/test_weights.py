@@ -105,9 +105,9 @@ def test_a_training_begins_with_frozen_convolutions(
     """From another run and with its options. The file is read once, and not at all to resume."""
     reads: list[Path] = []
 
-    def counted(path: Path) -> dict[str, Any]:
+    def counted(path: Path, *remedy: str) -> dict[str, Any]:
         reads.append(path)
-        return load(path)
+        return load(path, *remedy)
 
     monkeypatch.setattr(checkpoint, "load", counted)
     run = make_run(tmp_path / "old", dataset, "bn", pool=(2, 2))
