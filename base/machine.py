@@ -1,9 +1,12 @@
-"""The machine: cores, and the C library's memory allocation."""
+"""The machine: cores, signals, and the C library's memory allocation."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import signal
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C; kill, Slurm; a closed terminal
 
 
 def cpu_threads(ranks_here: int = 1) -> int:

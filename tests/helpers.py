@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 import native
 import train
 from base.files import lock
+from base.machine import STOP_SIGNALS
 from model.alexnet import AlexNet
 from model.training import checkpoint, recipe
 from model.training.checkpoint import Checkpoints
@@ -201,8 +202,7 @@ def same_weights(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def train_here(*arguments: object) -> Result:
     """Run train.py in this process on the CPU, which is much faster than a process that imports torch."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         small = ["--gpus", 0, "--workers", 0, "--decode-threads", 1, "--no-progress", "--no-tensorboard"]
         return CliRunner().invoke(train.main, list(map(str, [*small, *arguments])))

@@ -27,7 +27,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from base.errors import ModelError, UserError
-from base.machine import keep_freed_memory
+from base.machine import STOP_SIGNALS, keep_freed_memory
 
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
@@ -292,7 +292,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._since = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._request)
 

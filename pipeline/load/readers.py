@@ -20,8 +20,8 @@ from multiprocessing.util import Finalize
 from typing import Any
 
 from base.errors import DataError
+from base.machine import STOP_SIGNALS
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 5.0  # seconds that a call into DALI may still take after a reader's death
 SHARED_MEMORY = "/dev/shm"
 MIN_FREE_BYTES = 1 << 20  # with less, shared memory counts as full; writing to it then kills the process
@@ -149,7 +149,7 @@ def _free_shared_memory() -> float:
 
 @contextmanager
 def light_readers() -> Iterator[None]:
-    """Start reader processes that do not import the main script, and with it torch, and that ignore SIGNALS.
+    """Start reader processes that do not import the main script, and with it torch, and that ignore STOP_SIGNALS.
 
     A terminal, `timeout`, systemd and Slurm send these signals to the readers as well, but the trainer decides what
     happens: it saves, then ends them. DALI would end readers with SIGTERM if one of them fails to start; they get
@@ -161,7 +161,7 @@ def light_readers() -> Iterator[None]:
     }
     main.__spec__ = None
     in_main_thread = threading.current_thread() is threading.main_thread()  # signals can be set only there
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS if in_main_thread}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS if in_main_thread}
     terminate = BaseProcess.terminate
     BaseProcess.terminate = BaseProcess.kill  # type: ignore[method-assign]
     try:

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from base.machine import STOP_SIGNALS
 from model.parallel import ranks
 from model.parallel.ranks import StopRequest
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Killed(Exception):
@@ -19,8 +18,8 @@ class Killed(Exception):
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: None)
     yield
     for number, handler in before.items():
@@ -41,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return now
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_each_signal_asks_for_a_save(number: signal.Signals) -> None:
     stop = StopRequest()
     assert not stop.requested
@@ -49,7 +48,7 @@ def test_each_signal_asks_for_a_save(number: signal.Signals) -> None:
     assert stop.requested
 
 
-@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("second", STOP_SIGNALS)
 def test_a_second_signal_kills_but_not_at_once(second: signal.Signals, clock: SimpleNamespace) -> None:
     stop = StopRequest()
     raise_signal(signal.SIGTERM)
@@ -62,12 +61,12 @@ def test_a_second_signal_kills_but_not_at_once(second: signal.Signals, clock: Si
         raise_signal(second)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_what_was_ignored_at_the_start_stays_ignored(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)
     stop = StopRequest()
     raise_signal(number)
     assert signal.getsignal(number) == signal.SIG_IGN and not stop.requested
-    for other in set(SIGNALS) - {number}:
+    for other in set(STOP_SIGNALS) - {number}:
         raise_signal(other)
         assert stop.requested
