@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import onnxruntime
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 metadata = session.get_modelmeta().custom_metadata_map
 classes, inputs = json.loads(metadata["classes"]), json.loads(metadata["preprocess"])

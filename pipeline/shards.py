@@ -312,6 +312,15 @@ def _no_data_set(split_dir: Path) -> str:
         return (
             f"{missing}, which {other}: build one with `python tools/build_lmdb.py {out} OUT`, then give OUT"
         )
+    if not (out / "train").exists():
+        for inner in sorted(out.glob(f"*/train/{MANIFEST}")):
+            return f"no data set in {split_dir}; there is one in {inner.parents[1]}: give that"
+        for folder in sorted(out.glob("[!.]*/")):
+            if folder.name not in ("train", "val"):
+                return (
+                    f"no data set in {split_dir}: {out} holds {folder.name}/; if these are photographs, build a "
+                    f"data set with `python tools/build_lmdb.py {out} OUT --val-fraction 0.2`, then give OUT"
+                )
     command = f"python tools/build_lmdb.py SOURCE {out}"
     remedy = f"{missing}: build it with `{command} --split {split}`"
     if split == "val" and (out / "train" / MANIFEST).exists():

@@ -17,6 +17,7 @@ from faults.processes import shared_memory_of
 from helpers import ROOT, newest, same_weights, train_command, train_error
 from helpers import run_train as run
 
+from base.machine import STOP_SIGNALS
 from model.training.checkpoint import load
 from model.training.config import checkpoint_paths
 from model.training.log import Log
@@ -78,7 +79,8 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole: Path, dataset: Pa
     assert process.returncode == 75 and "--resume" in output
     stopped = newest(out)
     assert 0 < stopped["step"] < newest(whole)["step"]
-    run(*arguments, "--resume")
+    resumed = run(*arguments, "--resume")
+    assert f", after {stopped['step']} of {newest(whole)['step']} steps\n" in resumed.stdout
     assert newest(out)["step"] == newest(whole)["step"]
     assert same_weights(newest(out), newest(whole))
     strip = re.compile(r'"(images_per_s|data_wait)": [^,}]+')
@@ -278,6 +280,13 @@ def test_errors_are_one_line(whole: Path, dataset: Path, tmp_path: Path) -> None
     data = ["--data", dataset]
     error = train_error("--data", tmp_path / "none", *SMALL)
     assert "no data set" in error and "build_lmdb.py" in error
+    (tmp_path / "photographs" / "daisy").mkdir(parents=True)
+    error = train_error("--data", tmp_path / "photographs", *SMALL)
+    assert f"build_lmdb.py {tmp_path}/photographs OUT --val-fraction 0.2" in error and "daisy/" in error
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "tiles").symlink_to(dataset)
+    error = train_error("--data", tmp_path / "sets", *SMALL)
+    assert f"there is one in {tmp_path}/sets/tiles" in error
     error = train_error(*data, "--out", whole, *SMALL)
     assert "--resume" in error and str(whole) in error
     error = train_error(*data, "--out", whole, "--resume", "--variant", "bn", *SMALL)
@@ -370,7 +379,7 @@ def test_a_gpu_trains_and_resumes(dataset: Path, tmp_path: Path, extra: Any) -> 
     assert load(tmp_path / "g" / "best.pt")["best"] >= 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_to_all_processes_saves_and_shows_how_to_continue(
     dataset: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -116,6 +116,9 @@ def test_the_script_in_docs_agrees_with_predict(
     runpy.run_path(str(ROOT / "docs/onnx_predict.py"))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 * len(paths)  # four classes
+    monkeypatch.setattr("sys.argv", ["onnx_predict.py", str(onnx_file)])
+    with pytest.raises(SystemExit, match="python onnx_predict"):
+        runpy.run_path(str(ROOT / "docs/onnx_predict.py"))
     for at, entry in enumerate(wanted):
         for line, guess in zip(lines[4 * at : 4 * at + 4], entry["top"], strict=True):
             matched = re.fullmatch(r"(.*): (0\.\d{4}|1\.0000) (.*)", line)

@@ -1,5 +1,6 @@
 """tools/predict.py: the same preprocessing as in training, neighbours, and images that cannot be read."""
 
+import errno
 import json
 import os
 import re
@@ -60,6 +61,20 @@ def test_a_photograph_becomes_what_the_shards_hold_and_the_loader_gives(
         loaded = torch.cat([images.clone() for images, _ in loader])
         assert torch.equal(network_input(prepared[order], preprocess), loaded), mean
         loader.close()
+
+
+def test_files_are_written_when_the_reader_of_the_output_ends(
+    run: Path, photos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `| head` does."""
+
+    def ends(text: str, err: bool = False) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("tools.lib.cli.echo", ends)
+    invoke(run, photos["rocket"], "--json", tmp_path / "p.json", "--sheet", tmp_path / "s.png", code=1)
+    assert len(json.loads((tmp_path / "p.json").read_text())) == 1
+    assert cv2.imread(str(tmp_path / "s.png")) is not None
 
 
 def test_json_text_and_sheet_agree_with_the_network(run: Path, class_folders: Path, tmp_path: Path) -> None:
