@@ -22,6 +22,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -314,12 +315,13 @@ def _no_data_set(split_dir: Path) -> str:
         )
     if not (out / "train").exists():
         for inner in sorted(out.glob(f"*/train/{MANIFEST}")):
-            return f"no data set in {split_dir}; there is one in {inner.parents[1]}: give that"
+            return f"{missing}; there is a data set in {inner.parents[1]}: give that folder"
         for folder in sorted(out.glob("[!.]*/")):
-            if folder.name not in ("train", "val"):
+            if folder.name not in ("train", "val", "lost+found"):
+                command = f"python tools/build_lmdb.py {shlex.quote(str(out))} OUT --val-fraction 0.2"
                 return (
-                    f"no data set in {split_dir}: {out} holds {folder.name}/; if these are photographs, build a "
-                    f"data set with `python tools/build_lmdb.py {out} OUT --val-fraction 0.2`, then give OUT"
+                    f"{missing}; {out} holds {folder.name}/: if these are photographs, build a data set with "
+                    f"`{command}`, then give OUT"
                 )
     command = f"python tools/build_lmdb.py SOURCE {out}"
     remedy = f"{missing}: build it with `{command} --split {split}`"
@@ -477,17 +479,19 @@ class ShardReader:
         return len(self._stored(*self._split_index(index)))
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Have the kernel read these records from disk, all at the same time, without waiting for them.
+        """Ask the kernel to read these records from disk, all at the same time, without waiting for them.
 
         Without it, `read` waits for each page of a record that is not in memory, one after the other. IndexError
-        outside 0..len-1; DataError if a shard cannot be opened.
+        outside 0..len-1; DataError if a shard cannot be opened or a record is missing.
         """
+        if os.getpid() != self._pid:
+            self._reset()
         for index in indices:
             shard, local = self._split_index(index)
             pages = self._pages[shard]
             if pages is None:
-                first = self._stored(shard, 0)
-                pages = self._pages[shard] = RecordPages(self._files[shard][0], first)
+                value = self._stored(shard, local)
+                pages = self._pages[shard] = RecordPages(self._files[shard][0], local, value)
             pages.prefetch(local)
 
     def read(self, index: int) -> tuple[np.ndarray, int]:
@@ -607,7 +611,7 @@ class ShardReader:
             self._crcs[shard] = read_crcs(directory, entry)
         # An open read transaction costs nothing, because nobody writes to a finished shard.
         transaction = env.begin(buffers=True)
-        self._transactions[shard] = transaction
+        self._transactions[shard], self._pages[shard] = transaction, None
         return transaction
 
     def _damage(self, shard: int, local: int, what: str) -> str:

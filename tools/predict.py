@@ -87,17 +87,19 @@ def main(
         for prediction, near in zip(predictions, found, strict=True):
             prediction.neighbours = near
 
-    if sheet_path and predictions:
-        from tools.lib.figures import save, sheet
+    try:
+        if str(json_path) != "-":
+            names = trained.names
+            for prediction in predictions:
+                cli.echo(samples.as_text(prediction, names))
+    finally:  # also if `| head` has read enough of the lines
+        if json_path:
+            listed = [samples.as_json(p, trained) for p in predictions] + failed
+            cli.write_text(json_path, json.dumps(listed, indent=1) + "\n")
+        if sheet_path and predictions:
+            from tools.lib.figures import save, sheet
 
-        save(sheet(predictions[:SHEET], trained.classes, reader), sheet_path)
-    if json_path:
-        listed = [samples.as_json(p, trained) for p in predictions] + failed
-        cli.write_text(json_path, json.dumps(listed, indent=1) + "\n")
-    if str(json_path) != "-":
-        names = trained.names
-        for prediction in predictions:  # after the files, because `| head` ends the program here
-            cli.echo(samples.as_text(prediction, names))
+            save(sheet(predictions[:SHEET], trained.classes, reader), sheet_path)
     if others:
         cli.echo(f"{others:,} other files in the folders are not images", err=True)
     if failed:

@@ -62,7 +62,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path, remedy: str = GIVE_ANOTHER) -> dict[str, Any]:
     """Read a checkpoint to the CPU; raises ModelError if it is missing, damaged, or was not written by `save`.
 
-    `remedy` ends the message of the error.
+    `remedy` is appended to the message of the error.
 
     The checksum detects accidental damage. Against malicious files, torch's restricted unpickler runs no code, and
     tensors take no more memory than the file has bytes.

@@ -163,13 +163,13 @@ class TrainState:
     # ---- messages
 
     def describe(self) -> str:
-        """The devices and the number format of the run, and the steps of an earlier start, for the user."""
+        """The devices and the number format of the run, and where it resumes, for the user."""
         ranks = self.ranks
         if ranks.gpu:
             where = f"{ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
         else:
             where = f"{ranks.world_size} x {torch.get_num_threads()} CPU threads"
-        done = f", after {self.step:,} of {self.end_step:,} steps" if self.step else ""
+        done = f", resuming after step {self.step:,} of {self.end_step:,}" if self.step else ""
         return f"training on {where}, in {str(self.amp or torch.float32).removeprefix('torch.')}{done}"
 
     def estimate(self, rate: float) -> str:

@@ -80,7 +80,7 @@ def test_a_stopped_run_resumes_in_mid_epoch_bit_for_bit(whole: Path, dataset: Pa
     stopped = newest(out)
     assert 0 < stopped["step"] < newest(whole)["step"]
     resumed = run(*arguments, "--resume")
-    assert f", after {stopped['step']} of {newest(whole)['step']} steps\n" in resumed.stdout
+    assert f", resuming after step {stopped['step']} of {newest(whole)['step']}\n" in resumed.stdout
     assert newest(out)["step"] == newest(whole)["step"]
     assert same_weights(newest(out), newest(whole))
     strip = re.compile(r'"(images_per_s|data_wait)": [^,}]+')
@@ -286,7 +286,7 @@ def test_errors_are_one_line(whole: Path, dataset: Path, tmp_path: Path) -> None
     (tmp_path / "sets").mkdir()
     (tmp_path / "sets" / "tiles").symlink_to(dataset)
     error = train_error("--data", tmp_path / "sets", *SMALL)
-    assert f"there is one in {tmp_path}/sets/tiles" in error
+    assert f"there is a data set in {tmp_path}/sets/tiles" in error
     error = train_error(*data, "--out", whole, *SMALL)
     assert "--resume" in error and str(whole) in error
     error = train_error(*data, "--out", whole, "--resume", "--variant", "bn", *SMALL)

@@ -29,6 +29,7 @@ LIGHT = [
     "base.errors",
     "base.files",
     "base.machine",
+    "pipeline.lmdb_pages",
     "pipeline.shards",
     "pipeline.load.plan",
     "pipeline.load.feed",
