@@ -313,16 +313,16 @@ def _no_data_set(split_dir: Path) -> str:
         return (
             f"{missing}, which {other}: build one with `python tools/build_lmdb.py {out} OUT`, then give OUT"
         )
-    if not (out / "train").exists():
-        for inner in sorted(out.glob(f"*/train/{MANIFEST}")):
-            return f"{missing}; there is a data set in {inner.parents[1]}: give that folder"
-        for folder in sorted(out.glob("[!.]*/")):
-            if folder.name not in ("train", "val", "lost+found"):
-                command = f"python tools/build_lmdb.py {shlex.quote(str(out))} OUT --val-fraction 0.2"
-                return (
-                    f"{missing}; {out} holds {folder.name}/: if these are photographs, build a data set with "
-                    f"`{command}`, then give OUT"
-                )
+    folders = [] if (out / "train").exists() else sorted(out.glob("*/"))
+    if sets := [folder for folder in folders if (folder / "train" / MANIFEST).exists()]:
+        return f"{missing}; there is a data set in {sets[0]}: give that folder"
+    names = [folder.name for folder in folders if not folder.name.startswith(".")]
+    if classes := [name for name in names if name not in ("val", "lost+found")]:
+        command = f"python tools/build_lmdb.py {shlex.quote(str(out))} OUT --val-fraction 0.2"
+        return (
+            f"{missing}; {out} holds {classes[0]}/: if these are photographs, build a data set with "
+            f"`{command}`, then give OUT"
+        )
     command = f"python tools/build_lmdb.py SOURCE {out}"
     remedy = f"{missing}: build it with `{command} --split {split}`"
     if split == "val" and (out / "train" / MANIFEST).exists():
@@ -484,8 +484,7 @@ class ShardReader:
         Without it, `read` waits for each page of a record that is not in memory, one after the other. IndexError
         outside 0..len-1; DataError if a shard cannot be opened or a record is missing.
         """
-        if os.getpid() != self._pid:
-            self._reset()
+        self._reset_after_fork()
         for index in indices:
             shard, local = self._split_index(index)
             pages = self._pages[shard]
@@ -525,8 +524,7 @@ class ShardReader:
 
     def _stored(self, shard: int, local: int) -> memoryview:
         """The record in the memory-mapped file. Valid only until the next call."""
-        if os.getpid() != self._pid:
-            self._reset()
+        self._reset_after_fork()
         try:
             transaction = self._transactions[shard] or self._open(shard)
             self._check_length(shard)
@@ -580,6 +578,11 @@ class ShardReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+    def _reset_after_fork(self) -> None:
+        """In a forked child, forget the files that the parent has open."""
+        if os.getpid() != self._pid:
+            self._reset()
 
     def _reset(self) -> None:
         self._transactions: list[Any] = [None] * len(self._ends)
