@@ -61,7 +61,8 @@ class Cluster:
                 "code on the scheduler, on the workers and here; see docs/security.md",
                 file=sys.stderr,
             )
-        for logger in ("distributed", "distributed.client"):  # errors are reported below
+        # Errors are reported below; tornado's log has one of Ctrl-C before a question to the scheduler is sent.
+        for logger in ("distributed", "distributed.client", "tornado.application"):
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         try:
             # Client hangs if the port is open but silent, and logs a long error if it is closed: ask first.

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -158,6 +159,20 @@ def test_ctrl_c_stops_the_workers_and_resume_goes_on(
     assert process.returncode == 0, errors
     assert "from before" in output
     assert tree(tmp_path / "train") == local
+
+
+def test_ctrl_c_before_a_question_to_the_scheduler_is_sent_logs_no_error(
+    scheduler: str, slow_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(logging.Logger, "callHandlers", lambda _, record: logged.append(record.getMessage()))
+    with cluster_module.Cluster(scheduler, slow_folder, tmp_path / "out") as cluster:
+        # The thread that sends is busy until the signal has arrived.
+        cluster.client.loop.add_callback(time.sleep, 1)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            cluster.client.run_on_scheduler(os.getpid)
+    assert not [message for message in logged if "exception" in message.lower()]
 
 
 WNIDS = ("n01440764", "n01443537", "n02100735", "n02119789")
