@@ -22,11 +22,11 @@ import math
 import os
 import re
 import resource
-import shlex
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -302,6 +302,7 @@ def _check_open_files(error: OSError | lmdb.Error, path: Path) -> None:
 
 def _no_data_set(split_dir: Path) -> str:
     """The error message if there is no manifest."""
+    build = "python tools/build_lmdb.py"
     out, split = split_dir.parent, split_dir.name if split_dir.name in ("train", "val") else "train|val"
     if (out / MANIFEST).exists():
         whole = out.resolve().parent
@@ -310,20 +311,21 @@ def _no_data_set(split_dir: Path) -> str:
     if any(split_dir.glob("shard-*/data.mdb")):
         return f"{missing}, only shards: restore it from a copy or build the data set again"
     if other := find_foreign_entry(split_dir):
-        return (
-            f"{missing}, which {other}: build one with `python tools/build_lmdb.py {out} OUT`, then give OUT"
-        )
-    folders = [] if (out / "train").exists() else sorted(out.glob("*/"))
+        return f"{missing}, which {other}: build one with `{build} {quote(str(out))} OUT`, then give OUT"
+    entries = [] if (out / "train").exists() else sorted(out.glob("[!.]*"))
+    folders = [entry for entry in entries if entry.is_dir()]
     if sets := [folder for folder in folders if (folder / "train" / MANIFEST).exists()]:
         return f"{missing}; there is a data set in {sets[0]}: give that folder"
-    names = [folder.name for folder in folders if not folder.name.startswith(".")]
-    if classes := [name for name in names if name not in ("val", "lost+found")]:
-        command = f"python tools/build_lmdb.py {shlex.quote(str(out))} OUT --val-fraction 0.2"
+    if classes := [folder.name for folder in folders if folder.name not in ("val", "lost+found")]:
+        command = f"{build} {quote(str(out))} OUT --val-fraction 0.2"
         return (
             f"{missing}; {out} holds {classes[0]}/: if these are photographs, build a data set with "
             f"`{command}`, then give OUT"
         )
-    command = f"python tools/build_lmdb.py SOURCE {out}"
+    if archives := [entry for entry in entries if ".tar" in entry.suffixes]:
+        command = f"{build} {quote(str(out))} OUT"
+        return f"{missing}; {out} holds {archives[0].name}: build one with `{command}`, then give OUT"
+    command = f"{build} SOURCE {quote(str(out))}"
     remedy = f"{missing}: build it with `{command} --split {split}`"
     if split == "val" and (out / "train" / MANIFEST).exists():
         remedy += f"; without validation images, build both with `{command} --val-fraction 0.2 --overwrite`"

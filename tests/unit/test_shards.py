@@ -481,6 +481,12 @@ def test_the_error_for_a_folder_without_a_data_set_has_the_remedy(copy: Path, tm
     (tmp_path / "photos/train/n01440764").mkdir(parents=True)
     with pytest.raises(DataError, match=r"which holds n01440764: .*build_lmdb.py \S*photos OUT"):
         ShardReader(tmp_path / "photos/train")
+    (tmp_path / "my tars").mkdir()
+    (tmp_path / "my tars/ILSVRC2012_img_train.tar").touch()
+    with pytest.raises(
+        DataError, match=r"holds ILSVRC2012_img_train\.tar: .*build_lmdb.py '\S*my tars' OUT`"
+    ):
+        ShardReader(tmp_path / "my tars/train")
     with pytest.raises(DataError, match=f"one split of a data set; give {re.escape(str(copy))}$"):
         ShardReader(copy / "train" / "val")
     shutil.rmtree(copy / "val")
