@@ -40,7 +40,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(out.rglob("result.json")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 75 and "run the same command again to continue" in errors, errors
     early = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}

@@ -20,7 +20,7 @@ import click
 from tqdm import tqdm
 
 from base.errors import ModelError
-from base.machine import cpu_threads
+from base.machine import STOP_SIGNALS, cpu_threads
 from model.training.config import Config, checkpoint_paths
 from model.training.log import epochs_of, read_log
 from tools.lib.cli import write_text
@@ -76,9 +76,9 @@ class Workers:
         self.stopping = threading.Event()
 
     def __enter__(self) -> Workers:
-        """SIGINT and SIGTERM stop the jobs inside the `with` block."""
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.handlers = {number: signal.signal(number, lambda *_: self.stop()) for number in signals}
+        """SIGINT, SIGTERM and SIGHUP stop the jobs inside the `with` block, unless ignored before (nohup)."""
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.handlers = {number: signal.signal(number, lambda *_: self.stop()) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
