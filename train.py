@@ -69,8 +69,8 @@ def main(config: Config) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     taken = f"another train.py writes to {config.folder}: wait for it, or give another --out"
-    with lock(config.folder / ".lock", taken) if first else nullcontext():
-        launch(train, config, ranks, gpu=gpus > 0)
+    with lock(config.folder / ".lock", taken) if first else nullcontext() as descriptor:
+        launch(train, config, ranks, gpu=gpus > 0, lock=descriptor)
 
 
 def train(ranks: Ranks, config: Config) -> None:

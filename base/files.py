@@ -14,8 +14,9 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
+from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from base.errors import UserError
 
@@ -146,3 +147,13 @@ def lock(path: Path, taken: str, wait: bool = False) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+class Inherited:
+    """A descriptor for processes that multiprocessing spawns: they keep it and its lock until they end."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __reduce__(self) -> tuple[type[Inherited], tuple[Any]]:
+        return Inherited, (DupFd(self.descriptor),)

@@ -27,6 +27,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from base.errors import ModelError, UserError
+from base.files import Inherited
 from base.machine import STOP_SIGNALS, keep_freed_memory
 
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
@@ -70,11 +71,14 @@ def under_torchrun() -> bool:
     return given <= os.environ.keys()
 
 
-def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: bool) -> None:
+def launch(
+    work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: bool, lock: int | None = None
+) -> None:
     """Run `work(ranks, config)` in `ranks` processes on this machine, or as one of torchrun's ranks.
 
     Exits with the code of the first rank that fails. SIGINT, SIGTERM and SIGHUP are passed on to all ranks, which
-    handle them themselves.
+    handle them themselves. The ranks also hold the lock on the descriptor `lock`: if this process is killed, they
+    still save.
     """
     if under_torchrun():
         rank, world, local_rank, local_world = (
@@ -95,7 +99,9 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
         resource_tracker.ensure_running()
         signal.signal(signal.SIGHUP, before)
         errors = mp.get_context("spawn").SimpleQueue()
-        context = mp.spawn(_spawned, (ranks, gpu, address, work, config, errors), nprocs=ranks, join=False)
+        held = None if lock is None else Inherited(lock)
+        arguments = (ranks, gpu, address, work, config, errors, held)
+        context = mp.spawn(_spawned, arguments, nprocs=ranks, join=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal also sends it to the ranks
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -117,7 +123,14 @@ def launch(work: Callable[[Ranks, Any], None], config: Any, ranks: int, gpu: boo
 
 
 def _spawned(
-    rank: int, world: int, gpu: bool, address: str, work: Callable[..., None], config: Any, errors: Any
+    rank: int,
+    world: int,
+    gpu: bool,
+    address: str,
+    work: Callable[..., None],
+    config: Any,
+    errors: Any,
+    _held: Inherited | None,
 ) -> None:
     try:
         _as_rank(Ranks(rank, world, rank, world, gpu), address, work, config)

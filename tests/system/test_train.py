@@ -17,6 +17,8 @@ from faults.processes import shared_memory_of
 from helpers import ROOT, newest, same_weights, train_command, train_error
 from helpers import run_train as run
 
+from base.errors import UserError
+from base.files import lock
 from base.machine import STOP_SIGNALS
 from model.training.checkpoint import load
 from model.training.config import checkpoint_paths
@@ -143,6 +145,29 @@ def test_two_ranks_stop_together_and_one_goes_on(whole: Path, dataset: Path, tmp
     assert 0 < newest(out)["step"] < newest(whole)["step"]
     run(*arguments, "--resume")
     assert newest(out)["step"] == newest(whole)["step"]
+
+
+def test_ranks_save_and_hold_the_folder_after_their_launcher_is_killed(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "orphans"
+    arguments = ["--data", dataset, "--out", out, "--epochs", 50, *SMALL]
+    process = subprocess.Popen(
+        train_command(*arguments, "--cpu-ranks", 2),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for_log(out)
+        os.killpg(process.pid, signal.SIGSTOP)  # the ranks cannot end before the lock is tried
+        process.kill()
+        process.wait()
+        with pytest.raises(UserError, match="the ranks write"), lock(out / ".lock", "the ranks write"):
+            pass
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+    with lock(out / ".lock", "", wait=True):
+        assert 0 < newest(out)["step"] < 300
 
 
 @pytest.fixture(scope="module")
