@@ -247,6 +247,10 @@ def fake_gpu(guard: ctypes.CDLL) -> Iterator[_Recorder]:
         recorder.wait("tolist")
         return [1.0] * self.numel()
 
+    def deepcopy(self: Tensor, memo: dict[int, Any]) -> Tensor:
+        """A copy without the real tensor that a fake constant keeps: copying that too breaks the heap."""
+        return memo.setdefault(id(self), self.detach().clone())
+
     def new_tensor(self: Tensor, data: list[Any], **_: Any) -> Tensor:
         recorder.wait("new_tensor")
         return torch.empty(len(data), dtype=self.dtype, device=self.device)
@@ -258,6 +262,7 @@ def fake_gpu(guard: ctypes.CDLL) -> Iterator[_Recorder]:
         "torch.Tensor.pin_memory": pinned,
         "torch.Tensor.tolist": read,
         "torch.Tensor.new_tensor": new_tensor,
+        "torch.Tensor.__deepcopy__": deepcopy,
         "torch._C._select_conv_backend": lambda *_, **__: torch._C._ConvBackend.Cudnn,  # type: ignore[attr-defined]
         "torch._C._conv_determine_backend_memory_format": memory_format,
         "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,

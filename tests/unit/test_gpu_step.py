@@ -100,7 +100,9 @@ def test_the_trace_shows_faults(
         ("data", "paper", 1),
         ("hybrid", "paper", 0),
         ("hybrid", "owt", 1),
-        ("towers", "paper", 1),  # bn with towers passes alone, but breaks the heap: a later case then crashes
+        ("hybrid", "bn", 0),
+        ("towers", "paper", 1),
+        ("towers", "bn", 0),
     ],
 )
 def test_a_steady_step_of_one_of_two_ranks(
