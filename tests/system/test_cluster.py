@@ -168,6 +168,7 @@ def test_ctrl_c_before_a_question_to_the_scheduler_is_sent_logs_no_error(
     monkeypatch.setattr(logging.Logger, "callHandlers", lambda _, record: logged.append(record.getMessage()))
     with cluster_module.Cluster(scheduler, slow_folder, tmp_path / "out") as cluster:
         # The thread that sends is busy until the signal has arrived.
+        assert cluster.client.loop
         cluster.client.loop.add_callback(time.sleep, 1)
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
