@@ -170,9 +170,11 @@ def test_ctrl_c_before_a_question_to_the_scheduler_is_sent_logs_no_error(
         # The thread that sends is busy until the signal has arrived.
         assert cluster.client.loop
         cluster.client.loop.add_callback(time.sleep, 1)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup may have changed it
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             cluster.client.run_on_scheduler(os.getpid)
+        signal.signal(signal.SIGINT, before)
     assert not [message for message in logged if "exception" in message.lower()]
 
 

@@ -1,5 +1,6 @@
 """The wheel, installed without the repository: all commands and a training run."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -15,7 +16,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def run(*arguments: object, cwd: Path) -> str:
     done = subprocess.run(
-        list(map(str, arguments)), cwd=cwd, capture_output=True, text=True, timeout=250, check=False
+        list(map(str, arguments)),
+        cwd=cwd,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},  # not the repository
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
