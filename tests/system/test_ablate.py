@@ -20,6 +20,8 @@ from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
 from tools import ablate
 from tools.ablation import figure1, jobs
+from tools.ablation.claims import spread
+from tools.ablation.report import as_markdown
 
 ROOT = Path(__file__).parents[2]
 # 63 pixels is the smallest crop that passes three pools
@@ -105,10 +107,10 @@ def test_figure_1_stops_each_run_at_the_target(
         source = open_source(class_folders / split, split)
         build_split(source, tmp_path / "data", Options(size=32, encoding="raw"), workers=1)
     out = tmp_path / "out"
-    arguments = ["--figure1", tmp_path / "data", "--out", out, "--gpus", 0, "--jobs", 2, "--seeds", 1]
-    arguments += ["--lrs", "0.002", "--max-epochs", 200, "--tune-epochs", 1, "--", "--global-batch", "32"]
+    arguments = ["--figure1", tmp_path / "data", "--out", out, "--gpus", 0, "--jobs", 1, "--seeds", 1]
+    arguments += ["--lrs", "0.002,0.00001", "--max-epochs", 200, "--", "--global-batch", "32"]
     script = [sys.executable, ROOT / "tools/ablate.py", *arguments]
-    done = subprocess.run(list(map(str, script)), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(list(map(str, script)), cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     figure = json.loads((out / "results.json").read_text())["figure1"]
     assert [row["activation"] for row in figure["rows"]] == ["relu", "tanh"]
@@ -116,10 +118,31 @@ def test_figure_1_stops_each_run_at_the_target(
         (curve,) = row["curves"]
         assert all(error > 0.25 for error in curve[: math.ceil(row["epochs"]["mean"]) - 1])
         assert any(error <= 0.25 for error in curve) and len(curve) < 200
-    config = json.loads((out / "figure1/tanh-lr-0.002-run/seed-0/config.json").read_text())
-    off = {"augment": "none", "color_std": 0, "dropout": 0, "weight_decay": 0, "variant": "cifar-18pct"}
-    assert off.items() <= config.items() and config["activation"] == "tanh"
+        assert row["lr"] == "0.002" and row["trials"]["0.002"]["epochs"] == row["epochs"]["mean"]
+        slow = row["trials"]["0.00001"]  # given up when it could not win any more
+        assert slow["epochs"] is None and row["epochs"]["mean"] <= slow["tried"] < 200
+        assert f"The best rate of {row['activation']} is at the edge" in done.stdout
+    config = json.loads((out / "figure1/tanh-lr-0.002/seed-0/config.json").read_text())
+    expected: dict[str, object] = {"variant": "cifar-18pct", "activation": "tanh", "mean": "pixel"}
+    expected |= {"augment": "none", "color_std": 0, "dropout": 0, "weight_decay": 0, "layer_decay": []}
+    expected |= {"init": "cuda-convnet", "bias_lr": 2, "schedule": "plateau", "patience": 100_000}
+    assert (expected | {"warmup_epochs": 0, "lr": 0.002, "momentum": 0.9}).items() <= config.items()
     assert (out / "figure1.png").exists()
+
+
+def test_the_ratio_of_figure_1_is_a_bound_if_tanh_does_not_get_there() -> None:
+    def row(activation: str, *epochs: float, missed: int = 0) -> dict[str, object]:
+        rest = {"lr": "1", "seeds": 2, "trials": {}, "at_edge": False}
+        return {"activation": activation, "epochs": spread(list(epochs)), "not_reached": missed, **rest}
+
+    for rows, line in (
+        ([row("relu", 4, 6), row("tanh", 10, 20)], "tanh takes 3.0 times"),
+        ([row("relu", 4, 6), row("tanh", 10, missed=1)], "tanh takes more than 11.0 times"),
+        ([row("relu", 4, 6), row("tanh", missed=2)], "tanh takes more than 20.0 times"),
+    ):
+        assert line in as_markdown({"figure1": {"rows": rows, "target": 0.25, "max_epochs": 100}})
+    rows = [row("relu", 4, missed=1), row("tanh", 10, 20)]
+    assert "times" not in as_markdown({"figure1": {"rows": rows, "target": 0.25, "max_epochs": 100}})
 
 
 def test_the_running_error_of_an_epoch_counts_every_step_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from base.errors import ModelError
 from pipeline.shards import MANIFEST, ShardReader
 from tools.ablation.claims import spread
-from tools.ablation.jobs import ROOT, Job, Workers, reaches, read_json
+from tools.ablation.jobs import ROOT, Job, Race, Workers, read_json
 from tools.lib.cli import write_text
 
 TARGET = 0.25  # training error to reach
@@ -55,15 +56,15 @@ def figure1(
     activations: list[str],
     rates: list[str],
     seeds: int,
-    tune_epochs: int,
     max_epochs: int,
     extra: list[str],
     workers: Workers,
 ) -> tuple[list[Job], dict[str, Any]]:
-    """Epochs to 25 % training error for each activation, at the learning rate that does best in a short trial.
+    """Epochs to 25 % training error for each activation, at the learning rate that gets there first with seed 0.
 
     Trains the author's network for CIFAR-10 with its initial weights and bias learning rate, at a constant rate,
-    without augmentation or regularisation. The error is the running training error of an epoch.
+    without augmentation or regularisation. The error is the running training error of an epoch. A rate is given up
+    once it has taken more epochs than another.
     """
     size = ShardReader(data / "train").manifest.size
     options = [
@@ -81,42 +82,52 @@ def figure1(
     options += ["--schedule", "plateau", "--patience", "100000", *extra]  # the rate stays constant
     folder = out / "figure1"
 
-    def run(activation: str, rate: str, epochs: int, seed: int, target: float | None = None) -> Job:
-        kind = "trial" if target is None else "run"
-        where = folder / f"{activation}-lr-{rate}-{kind}" / f"seed-{seed}"
-        own = ["--activation", activation, "--lr", rate, "--epochs", str(epochs)]
-        return Job(f"{activation} at {rate}", seed, where, [*options, *own], target)
+    def run(activation: str, rate: str, seed: int, race: Race) -> Job:
+        where = folder / f"{activation}-lr-{rate}" / f"seed-{seed}"
+        own = ["--activation", activation, "--lr", rate, "--epochs", str(max_epochs)]
+        return Job(f"{activation} at {rate}", seed, where, [*options, *own], race)
 
-    trials = [run(a, r, tune_epochs, 0) for a, r in itertools.product(activations, rates)]
-    workers.work(trials, "figure 1: rates")
+    races = {activation: Race(TARGET, max_epochs) for activation in activations}
+    trials = {(a, r): run(a, r, 0, races[a]) for a, r in itertools.product(activations, rates)}
+    workers.work(list(trials.values()), "figure 1: rates")
     best: dict[str, str] = {}
     for activation in activations:
-        learnt = [t for t in trials if t.name.startswith(f"{activation} at") and "failed" not in t.result]
+        learnt = [rate for rate in rates if "failed" not in trials[activation, rate].result]
         if not learnt:
             raise ModelError(f"{activation} fails at each rate of {', '.join(rates)}: give other --lrs")
-        best[activation] = min(learnt, key=lambda t: t.result["train_errors"][-1]).name.split(" at ")[1]
-    runs = [run(a, best[a], max_epochs, seed, TARGET) for seed in range(seeds) for a in activations]
-    workers.work(runs, "figure 1: to 25 %")
+        best[activation] = min(
+            learnt,
+            key=lambda rate: (  # if none reached the target, the lowest error
+                trials[activation, rate].reached() or math.inf,
+                min(trials[activation, rate].result["train_errors"], default=1.0),
+            ),
+        )
+    others = [run(a, best[a], s, Race(TARGET, max_epochs)) for s in range(1, seeds) for a in activations]
+    workers.work(others, "figure 1: other seeds")
 
     rows = []
     for activation in activations:
-        finished = [
-            r for r in runs if r.name == f"{activation} at {best[activation]}" and "failed" not in r.result
-        ]
-        epochs = [reaches(r.result["train_errors"], TARGET) for r in finished]
+        name = f"{activation} at {best[activation]}"
+        runs = [trials[activation, best[activation]], *(other for other in others if other.name == name)]
+        runs = [job for job in runs if "failed" not in job.result]
+        epochs = [job.reached() for job in runs]
         rows.append(
             {
                 "activation": activation,
                 "lr": best[activation],
+                "at_edge": len(rates) > 1
+                and float(best[activation]) in (min(map(float, rates)), max(map(float, rates))),
                 "trials": {
-                    t.name.split(" at ")[1]: t.result.get("train_errors", [None])[-1]
-                    for t in trials
-                    if t.name.startswith(f"{activation} at")
+                    rate: {
+                        "epochs": trials[activation, rate].reached(),
+                        "tried": len(trials[activation, rate].result.get("train_errors", [])),
+                    }
+                    for rate in rates
                 },
-                "seeds": len(finished),
+                "seeds": len(runs),
                 "epochs": spread([e for e in epochs if e is not None]),
-                "not_reached": sum(e is None for e in epochs),
-                "curves": [r.result["train_errors"] for r in finished],
+                "not_reached": epochs.count(None),
+                "curves": [job.result["train_errors"] for job in runs],
             }
         )
-    return runs, {"rows": rows, "target": TARGET, "max_epochs": max_epochs, "trial_epochs": tune_epochs}
+    return [*trials.values(), *others], {"rows": rows, "target": TARGET, "max_epochs": max_epochs}

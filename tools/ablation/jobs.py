@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,6 +34,14 @@ RUNTIME_OPTIONS = {f.name for f in fields(Config) if f.metadata["group"] in ("Sp
 
 
 @dataclass
+class Race:
+    """Runs that compete for the fewest epochs to `target`, a training error. One that cannot win any more stops."""
+
+    target: float
+    best: float  # epochs of the fastest run so far; before that, the most that a run may take
+
+
+@dataclass
 class Job:
     """One run of train.py: its folder, its options and when it may stop."""
 
@@ -40,13 +49,29 @@ class Job:
     seed: int
     out: Path
     arguments: list[str]
-    target: float | None = None  # stop once an epoch's training error is at most this
+    race: Race | None = None
     train_split: Path | None = None  # the data set whose training split is evaluated at the end
     result: dict[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         return f"{self.name}, seed {self.seed}"
+
+    def reached(self) -> float | None:
+        """Epochs until the target of the race; None without one, or if it has not been reached."""
+        return reaches(epoch_errors(self.out), self.race.target) if self.race else None
+
+    def is_over(self) -> bool:
+        """Whether the run has reached its target, or is too slow to win its race."""
+        if self.race is None:
+            return False
+        return self.reached() is not None or len(epoch_errors(self.out)) >= self.race.best
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Keep the result, which other runs of the race compare themselves with."""
+        self.result = result
+        if self.race and (epochs := self.reached()) is not None:
+            self.race.best = min(self.race.best, epochs)
 
 
 class Workers:
@@ -94,7 +119,7 @@ class Workers:
     def work(self, jobs: list[Job], title: str) -> None:
         """Fill in the result of each job, and run those without one. Raises Exit if a signal stopped them."""
         for job in jobs:
-            job.result = finished(job)
+            job.finish(finished(job))
         waiting = [job for job in jobs if not job.result]
         with (
             ThreadPoolExecutor(self.jobs) as pool,
@@ -127,15 +152,16 @@ class Workers:
                 arguments.append("--resume")
             else:
                 write_text(job.out / "arguments.json", json.dumps(job.arguments) + "\n")
-            code, error = self.call("train.py", arguments, slot, job)
-            reached = reaches(epoch_errors(job.out), job.target)
-            if self.stopping.is_set() and not reached:
+            code, error = (0, "") if job.is_over() else self.call("train.py", arguments, slot, job)
+            over = job.is_over()
+            if self.stopping.is_set() and not over:
                 return
-            if code == 0 or reached:
-                job.result = {"arguments": job.arguments, **measured(job)}
+            if code == 0 or over:
+                job.finish({"arguments": job.arguments, **measured(job)})
                 if job.train_split and not self._evaluate_train(job, slot):
                     return
-                write_text(job.out / "result.json", json.dumps(job.result, indent=1) + "\n")
+                if job.race is None or job.reached() is not None:  # others may go on in a later call
+                    write_text(job.out / "result.json", json.dumps(job.result, indent=1) + "\n")
             else:
                 # not written, so that the next call tries again
                 job.result = {"failed": error or f"exit code {code}"}
@@ -155,7 +181,7 @@ class Workers:
         return code == 0
 
     def call(self, script: str, arguments: list[str], slot: int, job: Job | None = None) -> tuple[int, str]:
-        """Run a command; returns its exit code and its last line on stderr. Stops a job that reached its target."""
+        """Run a command; returns its exit code and its last line on stderr. Stops a job whose race is over."""
         environment = dict(os.environ)
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = visible_gpu(slot % self.gpus)
@@ -178,10 +204,10 @@ class Workers:
             stopped = False
             while True:
                 try:
-                    _, errors = process.communicate(timeout=1 if job and job.target else None)
+                    _, errors = process.communicate(timeout=1 if job and job.race else None)
                     break
                 except subprocess.TimeoutExpired:
-                    if job and not stopped and reaches(epoch_errors(job.out), job.target):
+                    if job and not stopped and job.is_over():
                         process.terminate()
                         stopped = True
         finally:
@@ -202,8 +228,10 @@ def finished(job: Job) -> dict[str, Any]:
     original = result.get("arguments")
     if not result and checkpoint_paths(job.out):  # --resume would continue with its original options
         original = read_json(job.out / "arguments.json")
-    if original not in (None, job.arguments) and training_options(original) != training_options(
-        job.arguments
+    # races may go on for more epochs
+    ignored = RUNTIME_OPTIONS | ({"epochs"} if job.race else set())
+    if original not in (None, job.arguments) and training_options(original, ignored) != training_options(
+        job.arguments, ignored
     ):
         raise ModelError(
             f"{job.out} holds a run with other options ({shlex.join(original)}): give another --out"
@@ -213,10 +241,10 @@ def finished(job: Job) -> dict[str, Any]:
     return result
 
 
-def training_options(arguments: list[str]) -> dict[str, Any]:
-    """The parsed options of train.py except RUNTIME_OPTIONS; raises UsageError as train.py does."""
+def training_options(arguments: list[str], ignored: Collection[str]) -> dict[str, Any]:
+    """The parsed options of train.py except those `ignored`; raises UsageError as train.py does."""
     with train_command.make_context("train.py", list(arguments)) as context:
-        options = {name: value for name, value in context.params.items() if name not in RUNTIME_OPTIONS}
+        options = {name: value for name, value in context.params.items() if name not in ignored}
     return {**options, "data": options["data"].resolve()}
 
 
@@ -263,10 +291,8 @@ def steps_to_learn(log: list[dict[str, Any]]) -> int | None:
     return learnt
 
 
-def reaches(errors: list[float], target: float | None) -> float | None:
+def reaches(errors: list[float], target: float) -> float | None:
     """Epochs until the running training error falls to `target`, interpolated linearly; None if it never does."""
-    if target is None:
-        return None
     for epoch, error in enumerate(errors, 1):
         if error <= target:
             if epoch == 1:

@@ -81,8 +81,8 @@ def as_markdown(parts: dict[str, Any]) -> str:
         lines += [
             f"Figure 1: epochs to {figure['target']:.0%} training error (running error of an epoch).",
             "",
-            "| activation | learning rate | epochs | seeds | never reached |",
-            "|---|--:|--:|--:|--:|",
+            "| activation | learning rate | epochs | seeds | never reached | epochs of seed 0 at each rate |",
+            "|---|--:|--:|--:|--:|---|",
         ]
         for row in figure["rows"]:
             cells = [
@@ -91,12 +91,26 @@ def as_markdown(parts: dict[str, Any]) -> str:
                 format_spread(row["epochs"]),
                 str(row["seeds"]),
                 str(row["not_reached"]),
+                ", ".join(
+                    f"{rate}: " + (f"more than {t['tried']}" if t["epochs"] is None else f"{t['epochs']:.1f}")
+                    for rate, t in row["trials"].items()
+                ),
             ]
             lines.append("| " + " | ".join(cells) + " |")
+        lines += [
+            f"\nThe best rate of {row['activation']} is at the edge of those tried: try more with --lrs."
+            for row in figure["rows"]
+            if row["at_edge"]
+        ]
         by_name = {row["activation"]: row for row in figure["rows"]}
-        if {"relu", "tanh"} <= by_name.keys() and by_name["relu"]["epochs"] and by_name["tanh"]["epochs"]:
-            ratio = by_name["tanh"]["epochs"]["mean"] / by_name["relu"]["epochs"]["mean"]
-            lines += ["", f"tanh takes {ratio:.1f} times the epochs of ReLU; the paper says six."]
+        if {"relu", "tanh"} <= by_name.keys() and by_name["relu"]["epochs"]:
+            relu, tanh = by_name["relu"], by_name["tanh"]
+            epochs = [figure["max_epochs"]] * tanh["not_reached"]
+            epochs += tanh["epochs"]["values"] if tanh["epochs"] else []
+            if epochs and not relu["not_reached"]:
+                ratio = statistics.fmean(epochs) / relu["epochs"]["mean"]
+                how = "more than " if tanh["not_reached"] else ""
+                lines += ["", f"tanh takes {how}{ratio:.1f} times the epochs of ReLU; the paper says six."]
         lines.append("")
     return "\n".join(lines)
 
