@@ -37,18 +37,38 @@ else:
 LAYOUTS = ("auto", "data", "hybrid", "towers")
 
 
-def automatic(network: AlexNet, ranks: int, global_batch: int) -> str:
-    """The layout that sends less data: "hybrid" or "data".
+def bytes_sent(
+    network: AlexNet, kind: str, ranks: int, global_batch: int, width: int = 4, compress: bool = False
+) -> float:
+    """Bytes that each rank sends per step in the layout "data" or "hybrid".
 
-    For a sliced layer, "data" sends the gradients of its weights and "hybrid" sends its inputs and their gradients.
+    For a sliced layer, "data" sends the gradients of its weights, and "hybrid" sends the inputs (of the last layer
+    the outputs) and their gradients. Tensors that are gathered in forward are reduced in backward, so each rank
+    sends (ranks - 1) / ranks of the whole twice; the same holds for an averaged gradient.
+
+    Args:
+        width: bytes of an activation, which autocast halves.
+        compress: whether gradients are sent as bfloat16.
     """
-    layers = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]
-    weights = sum(layer.weight.numel() for layer in layers)
-    units = sum(layer.in_features for layer in layers)
-    divides = all(layer.out_features % ranks == 0 for layer in layers[:-1])
-    if ranks > 1 and len(layers) > 1 and divides and 2 * units * global_batch < weights:
-        return "hybrid"
-    return "data"
+    *hidden, last = [layer for layer in network.classifier if isinstance(layer, nn.Linear)]
+    shared = sum(p.numel() for p in network.parameters())
+    units = 0
+    if kind == "hybrid":
+        shared -= sum(p.numel() for layer in hidden for p in layer.parameters()) + last.weight.numel()
+        units = sum(layer.in_features for layer in hidden) + last.out_features
+    total = shared * (2 if compress else 4) + global_batch * units * width
+    return 2 * (ranks - 1) / ranks * total
+
+
+def automatic(network: AlexNet, ranks: int, global_batch: int, width: int = 4, compress: bool = False) -> str:
+    """The layout that sends fewer bytes: "hybrid" or "data". See `bytes_sent` for the arguments."""
+    hidden = [layer for layer in network.classifier if isinstance(layer, nn.Linear)][:-1]
+    if ranks == 1 or not hidden or any(layer.out_features % ranks for layer in hidden):
+        return "data"
+    return min(
+        ("data", "hybrid"),
+        key=lambda kind: bytes_sent(network, kind, ranks, global_batch, width, compress),
+    )
 
 
 class Layout:
@@ -59,6 +79,7 @@ class Layout:
         kind: one of LAYOUTS. On a single rank, all of them are the plain network. "auto": see `automatic`.
         ranks: this process's rank.
         global_batch: images per step over all ranks.
+        width, compress: see `bytes_sent`; for "auto".
 
     Attributes:
         place: the `rank` and `world_size` for this rank's loader.
@@ -70,13 +91,21 @@ class Layout:
         ModelError: the network or the number of ranks does not allow this layout.
     """
 
-    def __init__(self, network: AlexNet, kind: str, ranks: Ranks, global_batch: int) -> None:
+    def __init__(
+        self,
+        network: AlexNet,
+        kind: str,
+        ranks: Ranks,
+        global_batch: int,
+        width: int = 4,
+        compress: bool = False,
+    ) -> None:
         if kind not in LAYOUTS:
             raise ModelError(f"no layout {kind!r}: choose one of {', '.join(LAYOUTS)}")
         if kind == "towers" and ranks.world_size > 2:
             raise ModelError(f"--layout towers is for 2 ranks, not {ranks.world_size}: use data or hybrid")
         if kind == "auto":
-            kind = automatic(network, ranks.world_size, global_batch)
+            kind = automatic(network, ranks.world_size, global_batch, width, compress)
         self.network, self.ranks = network, ranks
         self.kind = kind if ranks.world_size > 1 else "data"
         whole_batch = self.kind == "towers"

@@ -66,7 +66,8 @@ class TrainState:
         recipe.initialise(self.network, config.init, config.seed)
         self.loaded = weights.into(self.network) if weights else ""
         self.network.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.layout = Layout(self.network, config.layout, ranks, config.global_batch)
+        width = (self.amp or torch.float32).itemsize
+        self.layout = Layout(self.network, config.layout, ranks, config.global_batch, width, config.compress)
         if config.freeze:
             self.network.features.requires_grad_(False)
         self.optimizer = recipe.build_optimizer(

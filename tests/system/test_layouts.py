@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from base.errors import ModelError
 from model import alexnet
 from model.alexnet import AlexNet
-from model.parallel.layouts import Layout, automatic
+from model.parallel.layouts import Layout, automatic, bytes_sent
 from model.parallel.ranks import Ranks, reduces
 from model.training import recipe
 from model.training.ema import Ema
@@ -240,7 +240,10 @@ def test_ranks_that_do_not_fit_a_layout_are_refused() -> None:
         ({}, 1, 128, "data"),
         ({}, 2, 128, "hybrid"),
         ({}, 8, 1024, "hybrid"),
-        ({}, 8, 4096, "data"),  # with this batch there are more activations than weights
+        ({}, 8, 4096, "hybrid"),
+        ({}, 8, 4104, "data"),  # with this batch the activations take more bytes than the gradients
+        ({"width": 2}, 8, 4104, "hybrid"),
+        ({"width": 2, "compress": True}, 8, 4104, "data"),
         ({}, 3, 129, "data"),  # 4096 is not divisible by 3
         ({"variant": "owt"}, 2, 128, "hybrid"),
         ({"variant": "cifar-18pct", "image_size": 32}, 2, 128, "data"),
@@ -249,8 +252,22 @@ def test_ranks_that_do_not_fit_a_layout_are_refused() -> None:
 def test_the_automatic_layout_is_the_one_that_sends_least(
     options: dict[str, Any], ranks: int, global_batch: int, expected: str
 ) -> None:
+    sending = {name: options[name] for name in ("width", "compress") if name in options}
     with torch.device("meta"):
-        assert automatic(AlexNet(1000, **options), ranks, global_batch) == expected
+        network = AlexNet(1000, **{name: value for name, value in options.items() if name not in sending})
+        assert automatic(network, ranks, global_batch, **sending) == expected
+
+
+def test_the_bytes_that_ranks_send_are_those_of_the_collectives() -> None:
+    """By hand: the paper's 60,965,224 parameters; inputs of fc6 and fc7 and outputs of fc8, each twice."""
+    with torch.device("meta"):
+        network = AlexNet(1000)
+    assert bytes_sent(network, "data", 2, 128) == 60_965_224 * 4
+    assert bytes_sent(network, "data", 2, 128, compress=True) == 60_965_224 * 2
+    shared = 2_334_080 + 1000  # convolutions, biases of fc8
+    hybrid = shared * 4 + 128 * (256 * 6 * 6 + 4096 + 1000) * 2
+    assert bytes_sent(network, "hybrid", 2, 128, width=2) == hybrid
+    assert bytes_sent(network, "hybrid", 8, 128, width=2) == hybrid * 7 / 4
 
 
 def test_masks_of_slices_and_parts_are_those_of_the_whole() -> None:

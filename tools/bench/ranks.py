@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from model.alexnet import AlexNet
+from model.parallel.layouts import bytes_sent
 from model.parallel.ranks import Ranks, launch
 from model.training.step import train_step
 from tools.bench.core import Bench, Row
@@ -28,18 +30,14 @@ LAYOUT_CASES = [
 def sent(kind: str, compress: bool, ranks: int, batch: int, width: int) -> float:
     """Bytes that each rank sends per step: the paper's network with 224 pixels and 1000 classes.
 
-    Tensors that are gathered in forward are reduced in backward, so each rank sends (ranks - 1) / ranks of the
-    whole twice; the same holds for an averaged gradient. `width`: bytes of an activation.
+    `width`: bytes of an activation.
     """
-    convolutions, connected, features, hidden, classes = 2_334_080, 58_631_144, 256 * 6 * 6, 4096, 1000
-    if kind == "data":
-        total = (convolutions + connected) * (2 if compress else 4)
-    elif kind == "hybrid":
-        total = (convolutions + classes) * 4 + batch * (features + hidden + classes) * width
-    else:  # the edges of LRN's windows, the maps that conv3 reads, the fully connected layers' inputs, logits twice
-        maps = 4 * 55 * 55 + 4 * 27 * 27 + 256 * 13 * 13
-        total = batch * (maps + features + hidden + 2 * classes) * width
-    return 2 * (ranks - 1) / ranks * total
+    if kind != "towers":
+        with torch.device("meta"):
+            return bytes_sent(AlexNet(1000), kind, ranks, batch, width, compress)
+    # the edges of LRN's windows, the maps that conv3 reads, the fully connected layers' inputs, logits twice
+    maps = 4 * 55 * 55 + 4 * 27 * 27 + 256 * 13 * 13
+    return 2 * (ranks - 1) / ranks * batch * (maps + 256 * 6 * 6 + 4096 + 2 * 1000) * width
 
 
 def time_layouts(ranks: Ranks, config: dict[str, Any]) -> None:
