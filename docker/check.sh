@@ -6,6 +6,7 @@
 #   docker/check.sh          the whole demo
 #   docker/check.sh --fast   trains for one epoch instead of eight: 7 minutes of processor time in all
 #
+# STACK         cuda13 (default) or cuda12, whose packages take several GB more; torch's CPU code is what runs
 # BASE          the base image (default: a fresh Debian without GPU support, which checks the CPU)
 # SUITE, MIRROR what debootstrap installs (default: bookworm, from debootstrap's own mirror)
 # BUILDAH_ARGS  more arguments for `buildah build`, for example "--volume /etc/pip.conf:/etc/pip.conf:ro"
@@ -63,7 +64,7 @@ fi
 
 echo "== docker/Dockerfile on $base"
 # shellcheck disable=SC2086 -- several arguments
-b build ${BUILDAH_ARGS-} --layers=false --build-arg "BASE=$base" --build-arg STACK=cuda13 --tag localhost/alexnet-dali \
+b build ${BUILDAH_ARGS-} --layers=false --build-arg "BASE=$base" --build-arg "STACK=${STACK-cuda13}" --tag localhost/alexnet-dali \
   --file docker/Dockerfile .
 
 echo "== the demo in it, as its own user"
