@@ -49,9 +49,7 @@ def main(**config: Any) -> None:
     softmax over the paper's ten crops. The preprocessing is in the checkpoint, so only DATA/val is needed. Every
     image counts exactly once on any number of GPUs.
     """
-    import torch
-
-    from model.parallel.ranks import count_gpus, launch, under_torchrun
+    from model.parallel.ranks import count_gpus, launch, one_gpu, under_torchrun
     from pipeline.shards import Manifest
     from tools.lib.runs import data_of
     from tools.lib.scores import evaluate
@@ -61,8 +59,7 @@ def main(**config: Any) -> None:
     if under_torchrun():
         gpu, ranks = count_gpus(config["gpus"]) > 0, int(os.environ["WORLD_SIZE"])
     else:
-        gpus = config["gpus"]
-        gpus = min(1, torch.cuda.device_count()) if gpus is None else count_gpus(gpus)
+        gpus = one_gpu(config["gpus"])
         gpu, ranks = gpus > 0, max(1, min(gpus, count))
     launch(evaluate, {**config, "split_dir": split_dir}, ranks, gpu)
 

@@ -243,10 +243,10 @@ def count_gpus(wanted: int | None) -> int:
     """
     present = 0 if wanted == 0 else torch.cuda.device_count()
     if under_torchrun() and present:
-        ranks = int(os.environ["LOCAL_WORLD_SIZE"])
-        if ranks > present:
+        count = int(os.environ["LOCAL_WORLD_SIZE"])
+        if count > present:
             raise ModelError(
-                f"torchrun starts {ranks} ranks on this machine, which has {present} GPUs: "
+                f"torchrun starts {count} ranks on this machine, which has {present} GPUs: "
                 f"use --nproc-per-node {present}, or --gpus 0 for the CPU"
             )
     elif wanted is not None and wanted > present:
@@ -254,12 +254,18 @@ def count_gpus(wanted: int | None) -> int:
             f"--gpus {wanted} asked for, {present} found: use --gpus {present}"
             + (" (the CPU)" if present == 0 else "")
         )
-    count = present if wanted is None or under_torchrun() else wanted
+    else:
+        count = present if wanted is None else wanted
     if count:
         _check_driver()
         for index in range(count):
             _check_architecture(index)
     return count
+
+
+def one_gpu(wanted: int | None) -> int:
+    """`count_gpus` for tools that use one GPU unless more are asked for."""
+    return count_gpus(min(1, torch.cuda.device_count()) if wanted is None else wanted)
 
 
 def _check_driver() -> None:

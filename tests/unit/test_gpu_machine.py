@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from base.errors import ModelError
 from model.parallel import ranks
 from model.parallel.ranks import count_gpus
+from tools.evaluate import main as evaluate
+from tools.lib.runs import one_device
 
 TOO_OLD = (
     "CUDA initialization: The NVIDIA driver on your system is too old (found version 12080). Please update your "
@@ -50,7 +53,7 @@ def test_without_gpus_nothing_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) 
     assert refusal(1) == "--gpus 1 asked for, 0 found: use --gpus 0 (the CPU)"
 
 
-def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_too_old(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unavailable() -> bool:
         warnings.warn(TOO_OLD, stacklevel=1)
         return False
@@ -66,6 +69,10 @@ def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert part in message
     assert count_gpus(0) == 0  # the CPU needs no driver
+    with pytest.raises(ModelError, match="too old"):
+        one_device(None)
+    evaluation = CliRunner().invoke(evaluate, [str(dataset), "--data", str(dataset)])
+    assert evaluation.exit_code == 1 and "580" in evaluation.output and "Traceback" not in evaluation.output
 
 
 @pytest.mark.parametrize(
@@ -100,5 +107,5 @@ def test_more_ranks_than_gpus_under_torchrun(monkeypatch: pytest.MonkeyPatch) ->
     message = refusal(None)
     assert "starts 4 ranks on this machine, which has 2 GPUs: use --nproc-per-node 2" in message
     assert count_gpus(0) == 0
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert count_gpus(None) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert count_gpus(None) == count_gpus(2) == 1  # the number of ranks; another card may be unfit

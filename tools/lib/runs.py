@@ -13,7 +13,7 @@ import torch
 from base.errors import DataError, ModelError
 from base.files import read_regular
 from model.alexnet import AlexNet
-from model.parallel.ranks import count_gpus
+from model.parallel.ranks import one_gpu
 from model.training import checkpoint
 from model.training.config import MAX_CONFIG_BYTES
 from pipeline.preprocess import Preprocess
@@ -167,5 +167,4 @@ def _at(wnids: list[str | None], label: int) -> str:
 
 def one_device(gpus: int | None) -> torch.device:
     """The device for --gpus of a tool that uses one: 0 is the CPU, None a GPU if there is one."""
-    gpus = min(1, torch.cuda.device_count()) if gpus is None else count_gpus(gpus)
-    return torch.device("cuda", 0) if gpus else torch.device("cpu")
+    return torch.device("cuda", 0) if one_gpu(gpus) else torch.device("cpu")
