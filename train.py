@@ -144,7 +144,7 @@ def train(ranks: Ranks, config: Config) -> None:
     if ranks.gpu:
         if config.decoder == "auto" and not config.deterministic:
             config.decoder, decoder_rates = fastest_decoder(
-                train_set, preprocess, state.layout.batch, ranks.sum, **loader_options
+                train_set, preprocess, state.layout.batch, ranks.sum_of, **loader_options
             )
         loader_options["decoder"] = "mixed" if config.decoder == "auto" else config.decoder
     train_batches = train_loader(

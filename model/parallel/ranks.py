@@ -58,6 +58,11 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def sum_of(self, numbers: list[float]) -> list[float]:
+        """The sum of each number over ranks. Collective: call it on every rank."""
+        sums: list[float] = self.sum(torch.tensor(numbers, device=self.device)).tolist()
+        return sums
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank. Collective: call it on every rank."""
         if self.world_size == 1:

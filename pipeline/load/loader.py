@@ -244,17 +244,16 @@ def fastest_decoder(
     reader: ShardReader,
     preprocess: Preprocess,
     batch: int,
-    sum_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+    sum_over_ranks: Callable[[list[float]], list[float]],
     **options: Any,
 ) -> tuple[str, str]:
     """For --decoder auto: the decoder with the highest rate, the same on all ranks, and the rates for the user.
 
     Args:
-        sum_over_ranks: the sum of a tensor over all ranks.
+        sum_over_ranks: the sums of some numbers over all ranks.
         options: of `eval_loader`, with device "gpu".
     """
-    rates = time_decoders(reader, preprocess, batch, **options)
-    totals = sum_over_ranks(torch.tensor(rates, device=torch.device("cuda", options["device_id"]))).tolist()
+    totals = sum_over_ranks(time_decoders(reader, preprocess, batch, **options))
     decoder = DECODERS[totals.index(max(totals))]
     measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in zip(DECODERS, totals, strict=True))
     return decoder, f", decoder {decoder} ({measured} images/s)" if max(totals) else ""

@@ -15,7 +15,7 @@ from pipeline.build.split import Options, build_split
 from pipeline.load import loader
 from pipeline.load.feed import EvalFeed
 from pipeline.load.graph import graph
-from pipeline.load.loader import DECODERS, time_decoders, train_loader
+from pipeline.load.loader import DECODERS, fastest_decoder, train_loader
 from pipeline.load.plan import Plan
 from pipeline.preprocess import MEANS, Preprocess
 from pipeline.shards import ShardReader
@@ -46,7 +46,11 @@ def test_all_forms_serialize(records: str, mode: str, dataset: Path) -> None:
         text = pipe.serialize()
         assert (b"mixed" in text) == (records == "mixed")
         assert (b"decoders" in text) == (records != "raw")
-        assert b"CropMirrorNormalize" in text and b"gpu" in text
+        operators = [(op.name, op._op.device) for op in pipe._ops or []]  # DALI has no public way to ask
+        crops = [device for name, device in operators if "CropMirrorNormalize" in name]
+        assert crops == ["gpu"] * (10 if ten_crops else 1)  # crop, flip and colour
+        subtractions = [d for name, d in operators if "Arithmetic" in name and d == "gpu"]
+        assert len(subtractions) == (mode == "pixel")  # of the mean image
 
 
 @needs_compiler
@@ -102,7 +106,21 @@ def test_the_faster_decoder_is_chosen(
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     reader, preprocess = ShardReader(dataset / "train"), Preprocess.load(dataset / "train")
-    rates = time_decoders(reader, preprocess, 48, batches=4)
+    asked: list[list[float]] = []
+
+    def over_ranks(rates: list[float]) -> list[float]:
+        asked.append(rates)
+        return [2 * rate for rate in rates]
+
+    decoder, line = fastest_decoder(reader, preprocess, 48, over_ranks, batches=4)
     # one more batch may be taken from a loader than is counted
-    assert DECODERS[rates.index(max(rates))] == expected and closed == ["mixed", "cpu"]
-    assert time_decoders(reader, preprocess, 49, batches=4) == [0, 0]  # too few images to tell
+    assert decoder == expected and closed == ["mixed", "cpu"]
+    measured = {name: 2 * rate for name, rate in zip(DECODERS, *asked, strict=True)}
+    assert (
+        line == f", decoder {expected} (mixed {measured['mixed']:,.0f}, cpu {measured['cpu']:,.0f} images/s)"
+    )
+    # another rank may measure the opposite: all go by the sum
+    other = fastest_decoder(reader, preprocess, 48, lambda rates: [1000 / rate for rate in rates], batches=4)
+    assert other[0] != expected
+    # too few images to tell
+    assert fastest_decoder(reader, preprocess, 49, list, batches=4) == ("mixed", "")

@@ -1,6 +1,7 @@
 """What training asks of a GPU, on fake CUDA tensors: the host never waits, layouts and types stay."""
 
 import ctypes
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def test_a_steady_step(
     assert fakecuda.launches(steady) <= 90 * parts + 40 * ("lars" in more)
     devices = {tensor.device.type for tensor in trace.saved[0]["model"].values()}
     assert len(trace.saved) == 1 and devices == {"cuda"}  # `checkpoint.save` moves them to the CPU
+
+
+def test_the_first_start_chooses_a_decoder_and_keeps_it(
+    guard: ctypes.CDLL, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakecuda.trace_training(guard, dataset, tmp_path / "run", *OPTIONS, "--decoder", "auto")
+    assert ", decoder cpu (mixed 1, cpu 2 images/s)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/config.json").read_text())["decoder"] == "cpu"
 
 
 def test_the_trace_shows_faults(
