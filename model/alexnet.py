@@ -294,7 +294,7 @@ class _Builder:
 
     def average_to(self, side: int) -> None:
         self._check_side()
-        self.avgpool, self.side = nn.AdaptiveAvgPool2d(side), side
+        self.avgpool, self.side = _AverageTo(side), side
 
     def linear(self, n: int, width: int | None = None) -> None:
         """A fully connected layer with its activation; without a width it is the last one, which has none."""
@@ -323,6 +323,13 @@ class _Builder:
             + (f"at least {enough} pixels, or " if enough else "")
             + "a smaller stride"
         )
+
+
+class _AverageTo(nn.AdaptiveAvgPool2d):
+    """Averages maps to the given side, and leaves those that have it: the gradient on GPUs is not deterministic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[-1] == x.shape[-2] == self.output_size else super().forward(x)
 
 
 def _last_side(image_size: int, stride: int, pool: tuple[int, int]) -> int:

@@ -77,6 +77,20 @@ def test_the_first_start_chooses_a_decoder_and_keeps_it(
     assert json.loads((tmp_path / "run/config.json").read_text())["decoder"] == "cpu"
 
 
+def test_deterministic_asks_torch_and_cudnn_for_it(
+    guard: ctypes.CDLL, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only: asked.append(on))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for number, extra in enumerate(([], ["--deterministic"])):
+        out = tmp_path / str(number)
+        trace = fakecuda.trace_training(guard, dataset, out, "--variant", "owt", *OPTIONS, *extra)
+        assert torch.backends.cudnn.benchmark != bool(extra) and asked[-1] == bool(extra)
+        # its gradient has no deterministic form
+        assert "_adaptive_avg_pool2d" not in {call.name for call in trace.calls}
+
+
 def test_the_trace_shows_faults(
     guard: ctypes.CDLL, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
