@@ -25,11 +25,19 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 OPTIONS = ("--label-smoothing", 0.1, "--train-error", "--global-batch", 8)
+# kernels of forward pass and update, without autocast and with it (13 to 18 copies of weights and maps more)
+LAUNCHES = {"paper": (57, 75), "owt": (55, 73), "bn": (65, 78)}
 CASES = [
-    *((variant, amp, ()) for variant in ("paper", "owt", "bn") for amp in ("bf16", "fp16", "off")),
-    ("paper", "bf16", ("--accumulate", 2, "--mixup", 0.2, "--ema", 0.99)),
-    ("owt", "fp16", ("--accumulate", 2)),
-    ("bn", "fp16", ("--optimizer", "lars", "--schedule", "cosine", "--mixup", 0.2)),
+    *(
+        (variant, amp, ("--accumulate", parts, "--mixup", mixup))
+        for variant in LAUNCHES
+        for amp in ("bf16", "fp16", "off")
+        for parts in (1, 2)
+        for mixup in (0, 0.2)
+    ),
+    ("paper", "bf16", ("--ema", 0.99)),
+    ("paper", "bf16", ("--schedule", "cosine")),
+    ("bn", "fp16", ("--optimizer", "lars", "--schedule", "cosine")),
 ]
 
 
@@ -49,7 +57,8 @@ def test_a_steady_step(
 ) -> None:
     options = ("--variant", variant, "--amp", amp, *OPTIONS, *more)
     trace = fakecuda.trace_training(guard, dataset, tmp_path / "run", *options)
-    steady, parts = trace.steady(), 2 if "--accumulate" in more else 1
+    steady, given = trace.steady(), dict(zip(more[::2], more[1::2], strict=True))
+    parts = int(str(given.get("--accumulate", 1)))
     # the host does not wait for the device, until the log line after the last step
     assert [wait for wait in trace.waits if wait[0] == fakecuda.STEADY] == []
     assert any(phase == f"step {fakecuda.STEPS - 1}" for phase, *_ in trace.waits)
@@ -64,7 +73,9 @@ def test_a_steady_step(
     assert trace.refused == [] and sum(call.name == "_fused_sgd_" for call in steady) == 2
     # forward and update
     assert sum(call.name == "alexnet::dropout" for call in steady) == 2 * parts
-    assert fakecuda.launches(steady) <= 90 * parts + 40 * ("lars" in more)
+    expected = (first := LAUNCHES[variant][amp != "off"]) + (parts - 1) * (first - 6) + 8 * (amp == "fp16")
+    expected += (6 + 10 * parts) * bool(given.get("--mixup")) + 4 * ("--ema" in given) + 20 * ("lars" in more)
+    assert expected - 3 <= fakecuda.launches(steady) <= expected
     devices = {tensor.device.type for tensor in trace.saved[0]["model"].values()}
     assert len(trace.saved) == 1 and devices == {"cuda"}  # `checkpoint.save` moves them to the CPU
 
@@ -128,15 +139,33 @@ def test_the_trace_shows_faults(
         ("towers", "bn", 0),
     ],
 )
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_a_steady_step_of_one_of_two_ranks(
-    layout: str, variant: str, rank: int, amp: str, guard: ctypes.CDLL, dataset: Path, tmp_path: Path
+    layout: str,
+    variant: str,
+    rank: int,
+    amp: str,
+    optimizer: str,
+    guard: ctypes.CDLL,
+    dataset: Path,
+    tmp_path: Path,
 ) -> None:
-    options = ("--variant", variant, "--amp", amp, "--layout", layout, *OPTIONS)
+    options = ("--variant", variant, "--amp", amp, "--layout", layout, "--optimizer", optimizer, *OPTIONS)
     ranks = Ranks(rank, 2, 0, 1, gpu=True)
     trace = fakecuda.trace_training(guard, dataset, tmp_path / "run", *options, ranks=ranks)
     steady = trace.steady()
     assert [wait for wait in trace.waits if wait[0] == fakecuda.STEADY] == []
     computing = {"convolution", "alexnet::lrn", "max_pool2d_with_indices", "relu_", "native_batch_norm"}
     assert not computing & {name for name, _ in maps(steady)}
-    assert computing & {call.name for call in steady}
-    assert trace.refused == []
+    names = [call.name for call in steady]
+    assert computing & set(names)
+    assert trace.refused == [] and names.count("_fused_sgd_") == 2
+    # what is sent: inputs of fc6 and fc7, partial sums of fc8; by towers also maps and the edges of LRN
+    gathered = {"data": 0, "hybrid": 2, "towers": 7 if variant == "bn" else 6}[layout]
+    assert names.count("_c10d_functional::all_gather_into_tensor") == gathered
+    assert names.count("_c10d_functional::reduce_scatter_tensor") == (layout != "data")
+    # norms of slices, and whether any rank's gradients overflowed
+    summed = (optimizer == "lars") + (amp == "fp16") if layout != "data" else 0
+    assert names.count("c10d::allreduce_") == summed
+    expected = LAUNCHES[variant][1] + 8 * (amp == "fp16") + 20 * (optimizer == "lars")
+    assert fakecuda.launches(steady) <= expected + {"data": 0, "hybrid": 14, "towers": 36}[layout]
