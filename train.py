@@ -21,7 +21,7 @@ import click
 from base.errors import ModelError
 from base.files import lock, make_directory
 from base.machine import cpu_threads
-from model.training.config import Config, command
+from model.training.config import Config, command, given_options
 
 if TYPE_CHECKING:
     from model.parallel.ranks import Ranks
@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     weights = None
     if config.weights and not config.resume:
         weights = load_weights(config.weights)
-        config.take_network(weights.variant, weights.mean, weights.crop, weights.options)
+        config.take_network(given_options(), weights.variant, weights.mean, weights.crop, weights.options)
     chosen = config.fill(images)
     check_network(config, classes, size, weights)
     del weights

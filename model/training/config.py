@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -332,16 +332,19 @@ class Config:
             f"schedule {self.schedule}, {self.warmup_epochs:g} epoch{'s' * (self.warmup_epochs != 1)} of warm-up"
         )
 
-    def take_network(self, variant: str, mean: str | None, crop: int, options: dict[str, Any]) -> None:
+    def take_network(
+        self, given: Collection[str], variant: str, mean: str | None, crop: int, options: dict[str, Any]
+    ) -> None:
         """Take the network's options from existing weights unless they were given.
 
         Args:
+            given: names of the options that were given.
             variant, options: as AlexNet takes them.
             mean: the value of --mean; None if it is unknown.
             crop: side of the network's input in pixels.
         """
         self.mean = self.mean or mean
-        if self.crop == Config().crop:
+        if "crop" not in given:
             self.crop = crop
         if self.variant not in (None, variant):
             return
@@ -353,7 +356,7 @@ class Config:
         }
         for option, value in options.items():
             name = "drop_layer" if option == "drop_layers" else option
-            if getattr(self, name) == getattr(Config(), name):
+            if name not in given:
                 setattr(self, name, renamed[option](value) if option in renamed else value)
 
     @property
@@ -524,6 +527,15 @@ def command(work: Callable[[Config], None]) -> click.Command:
         main = cloup.option_group(title, *options)(main)
     settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
     return cloup.command(context_settings=settings)(main)
+
+
+def given_options() -> set[str]:
+    """Names of the options that the command line, --config or --recipe gave to the current command."""
+    context = click.get_current_context()
+    names = {parameter.name for parameter in context.command.params if parameter.name}
+    return {
+        name for name in names if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+    }
 
 
 def _resume(config: Config) -> None:

@@ -1,5 +1,6 @@
 """--weights: runs, torchvision's state dicts and safetensors; layers that fit and layers that do not."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import CROP, make_run, newest, train_here
 from safetensors.torch import save_file
 
@@ -14,6 +16,7 @@ from base.errors import ModelError
 from model.alexnet import AlexNet
 from model.training import checkpoint
 from model.training.checkpoint import find, load, unpack
+from model.training.config import Config, command, given_options
 from model.training.weights import IMAGENET_STD, load_weights
 from pipeline.preprocess import IMAGENET_MEAN
 
@@ -135,6 +138,52 @@ def test_a_training_begins_with_frozen_convolutions(
     (run / "best.pt").unlink()
     done = train_here("--out", tmp_path / "new", "--resume", "--epochs", 2)
     assert done.exit_code == 0 and newest(tmp_path / "new")["step"] == 2 * new["step"], done.output
+
+
+def test_a_training_begins_with_torchvisions_weights(dataset: Path, tmp_path: Path) -> None:
+    """Of seven classes, on photographs of four: with torchvision's mean and scale, and a new last layer."""
+    state = torchvision_state(7)
+    torch.save(state, tmp_path / "alexnet.pth")
+    options = ["--data", dataset, "--out", tmp_path / "run", "--crop", CROP, "--freeze", "features"]
+    done = train_here(*options, "--weights", tmp_path / "alexnet.pth", "--epochs", 1)
+    assert (
+        done.exit_code == 0 and "with new weights for classifier.6; the convolutions are froz" in done.output
+    )
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["variant"], config["mean"], config["crop"]) == ("owt", "imagenet", CROP)
+    trained = newest(tmp_path / "run")["model"]
+    assert trained["classifier.6.weight"].shape == (4, 4096)
+    # pixels are not divided by 255 and the deviation here, so the first convolution is
+    scale = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    torch.testing.assert_close(trained["features.0.weight"] * scale, state["features.0.weight"])
+    assert torch.equal(trained["features.3.weight"], state["features.3.weight"])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], {"activation": "tanh", "pool": "2,2", "stride": 1, "crop": 67, "lrn": False, "mean": "channel"}),
+        (
+            ["--activation", "relu", "--pool", "3,2", "--stride", "4", "--crop", "224", "--lrn"],
+            {"activation": "relu", "pool": "3,2", "stride": 4, "crop": 224, "lrn": True, "mean": "channel"},
+        ),
+        (["--variant", "bn"], {"variant": "bn", "activation": "relu", "pool": "3,2", "lrn": None}),
+    ],
+)
+def test_options_that_are_given_win_over_those_of_the_weights(
+    given: list[str], expected: dict[str, Any]
+) -> None:
+    """Also if they are the defaults."""
+    taken: list[Config] = []
+
+    def work(config: Config) -> None:
+        options = {"activation": "tanh", "pool": (2, 2), "stride": 1, "lrn": False}
+        config.take_network(given_options(), "paper", "channel", 67, options)
+        taken.append(config)
+
+    done = CliRunner().invoke(command(work), ["--out", "x", *given])
+    assert done.exit_code == 0, done.output
+    assert expected.items() <= vars(taken[0]).items()
 
 
 def test_bad_use_writes_nothing(dataset: Path, tmp_path: Path) -> None:
