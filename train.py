@@ -208,7 +208,7 @@ def train(ranks: Ranks, config: Config) -> None:
             guessing = state.watch.epoch_ends(state.step, last=state.step == state.end_step)
             if guessing:
                 log.write("guessing", epoch=epoch, step=state.step, **guessing)
-                log.say(state.watch.advice(guessing, state.step, None if config.weights else config.init))
+                log.say(state.watch.advice(guessing, state.step, config.poor_start))
             metrics = evaluate(state.trained, log.watch(val_batches, val_steps), ranks, state.amp)
             state.train_mode()
             is_best = state.validated(metrics["top1"])

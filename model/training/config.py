@@ -376,6 +376,12 @@ class Config:
         return self.lr * self.global_batch / (self.base_batch or self.global_batch)
 
     @property
+    def poor_start(self) -> bool:
+        """Whether the network starts from weights with which it often learns nothing."""
+        default = DEFAULT_INIT[str(self.variant)]
+        return not self.weights and self.init in ("paper", "he") and self.init != default
+
+    @property
     def network_options(self) -> dict[str, Any]:
         """Keyword arguments for AlexNet."""
         kernel, stride = map(int, self.pool.split(","))

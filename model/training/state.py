@@ -91,7 +91,7 @@ class TrainState:
         )
         self.scaler = self.layout.grad_scaler(self.optimizer, enabled=self.amp == torch.float16)
         self.ema = Ema(self.network, config.ema) if config.ema else None
-        self.watch = Watch(len(classes), config.label_smoothing)
+        self.watch = Watch(len(classes), config.label_smoothing, plan.steps_per_epoch)
         self.checkpoints = Checkpoints(config.folder, config.keep)
         self.step, self.best = 0, -1.0
         # what the weights and the order of samples depend on; resume() refuses a checkpoint that differs

@@ -174,7 +174,12 @@ def test_report_tells_that_a_run_only_guessed(run: Path, dataset: Path, tmp_path
         )
     out = tmp_path / "r.html"
     invoke("report", stuck, "--data", dataset, "--out", out, "--gpus", 0, "--workers", 0, "--no-progress")
-    assert "only guessed" in (page := out.read_text()) and "1.386" in page
+    assert "only guessed" in (page := out.read_text()) and "1.386" in page and "learnt since" not in page
+    with (stuck / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"kind": "train", "epoch": 3, "step": 400, "steps": 100, "loss": 0.7, "lr": 0.1,
+                              "images_per_s": 9.0, "data_wait": 0.0}) + "\n")  # fmt: skip
+    invoke("report", stuck, "--data", dataset, "--out", out, "--gpus", 0, "--workers", 0, "--no-progress")
+    assert "it has learnt since, to 0.700" in out.read_text()
 
 
 def test_errors_are_one_line(run: Path, dataset: Path, tmp_path: Path) -> None:

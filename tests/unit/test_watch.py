@@ -3,11 +3,13 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import newest, train_here
 
+from model.training.config import Config
 from model.training.watch import Watch
 
 
@@ -24,7 +26,7 @@ def test_a_stuck_run_is_reported_once_and_not_before_it_had_time() -> None:
     watch, counts = Watch(2), torch.tensor([50, 50])
 
     def epoch(loss: float, step: int, last: bool = False) -> bool:
-        watch.add(loss, 10, counts)
+        watch.add(loss, 100, counts)
         return watch.epoch_ends(step, last) is not None
 
     assert not epoch(0.69, 100) and not epoch(0.69, 200)
@@ -34,9 +36,41 @@ def test_a_stuck_run_is_reported_once_and_not_before_it_had_time() -> None:
     assert other.warned and not other.learnt
     assert not epoch(0.6, 500) and watch.learnt
     assert not epoch(0.69, 600, last=True) and watch.learnt  # a network that has learnt is not reported later
-    short = Watch(2)
+    short = Watch(2, steps_per_epoch=10)
     short.add(0.69, 10, counts)
     assert short.epoch_ends(10, last=True) == pytest.approx({"loss": 0.69, "guess": math.log(2)})
+
+
+def test_the_last_steps_count_however_long_the_plateau_was_before() -> None:
+    """ImageNet's first epoch: 8,000 steps on the plateau, then 2,000 with a loss that falls to 5.5."""
+    watch, counts = Watch(1000), torch.full((1000,), 3)
+    for step in range(0, 10_000, 20):
+        watch.add(6.908 if step < 8_000 else 6.908 - 1.4 * (step - 8_000) / 2_000, 20, counts)
+        assert watch.learnt == (step >= 8_540)  # the mean of the last 100 steps is below 0.95 of the entropy
+    assert watch.epoch_ends(10_009, last=False) is None
+    other = Watch(1000)
+    other.add(6.0, 20, counts)  # one line can be low by chance
+    assert not other.learnt
+    other.load_state_dict(watch.state_dict())
+    assert other.loss() == watch.loss() and other.guess() == watch.guess()
+
+
+@pytest.mark.parametrize(
+    ("options", "poor"),
+    [
+        ({"variant": "paper", "init": "paper"}, True),
+        ({"variant": "owt", "init": "he"}, True),
+        ({"variant": "bn", "init": "he"}, False),  # its default
+        ({"variant": "paper", "init": "torch"}, False),
+        ({"variant": "paper", "init": "paper", "weights": Path("run")}, False),
+    ],
+)
+def test_the_remedy_is_other_initial_weights_where_they_are_the_cause(
+    options: dict[str, Any], poor: bool
+) -> None:
+    config, losses = Config(**options), {"loss": 1.0, "guess": 1.0}
+    assert ("--init torch" in Watch(2).advice(losses, 400, config.poor_start)) == poor
+    assert ("train longer" in Watch(2).advice(losses, 200, False)) and config.poor_start == poor
 
 
 def test_a_network_that_cannot_learn_says_so_and_keeps_its_rate(dataset: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from model.parallel.ranks import Ranks
 from model.training.config import Config
 from model.training.log import read_log
+from model.training.watch import SHARE
 from pipeline.load.plan import Plan
 from pipeline.shards import ShardReader
 from tools.lib.cli import printable
@@ -66,6 +67,11 @@ def make_report(
             f"after {stuck['step']:,} steps the training loss was {stuck['loss']:.3f}, and always predicting "
             f"the frequencies of the classes gave {stuck['guess']:.3f}"
         )
+        last = [entry["loss"] for entry in log if entry["kind"] == "train" and entry["step"] > stuck["step"]][
+            -1:
+        ]
+        if last and last[0] < SHARE * stuck["guess"]:
+            facts["only guessed"] += f"; it has learnt since, to {last[0]:.3f}"
     counts = {split: count_classes(reader, split, progress) for split, reader in readers.items()}
     classes = trained.classes
     first = training_batch(train, plan, trained.preprocess, step=0, images=8)
