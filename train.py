@@ -197,7 +197,7 @@ def train(ranks: Ranks, config: Config) -> None:
         window = state.end_window()
         log.remaining(state.images_left / window["images_per_s"])
         log.write("train", epoch=epoch, step=state.step, **window)
-        if estimate := state.estimate(window["images_per_s"]):
+        if estimate := state.estimate():
             log.say(estimate)
         if not (state.save_due or stopping):
             continue

@@ -315,7 +315,7 @@ class Config:
             "warmup_epochs": 1.0 if own else 0.0,
             "mean": "pixel",
         }
-        if (self.variant or "paper").startswith("cifar"):  # the author's recipe for any number of images
+        if (self.variant or "paper").startswith("cifar"):  # the author's; the rest is in his recipe
             chosen |= {
                 "global_batch": min(128, images),
                 "lr": 0.001,

@@ -114,6 +114,7 @@ class TrainState:
         self.forward = self.layout.distribute(self.config.accumulate == 1, self.config.compress)
         self.train_mode()
         self._estimate_step = self.step + 100
+        self._measured_seconds, self._measured_images = 0.0, 0
 
     def train_mode(self) -> None:
         """Return from evaluation to training mode; frozen batch normalisation keeps its statistics."""
@@ -173,8 +174,8 @@ class TrainState:
         done = f", resuming after step {self.step:,} of {self.end_step:,}" if self.step else ""
         return f"training on {where}, in {str(self.amp or torch.float32).removeprefix('torch.')}{done}"
 
-    def estimate(self, rate: float) -> str:
-        """The time and disk space that the run needs at `rate` images/s: once, after 100 steps or the first epoch.
+    def estimate(self) -> str:
+        """The time and disk space that the run needs, at the rate so far: once, after 100 steps or the first epoch.
 
         Empty at other times and when nothing is left to do.
         """
@@ -183,6 +184,7 @@ class TrainState:
         self._estimate_step = 0
         if not self.images_left:
             return ""
+        rate = self._measured_images / self._measured_seconds
         epoch = self.plan.steps_per_epoch * self.plan.global_batch
         every = self.config.save_every
         saves = self.config.epochs + (self.end_step // every if every else 0)
@@ -190,7 +192,8 @@ class TrainState:
         return (
             f"at {rate:,.0f} images/s an epoch takes {duration(epoch / rate)} and the rest of the run "
             f"{duration(self.images_left / rate)}, without validation; up to {files} checkpoints of "
-            f"{size(self.checkpoint_bytes)} take {size(files * self.checkpoint_bytes)}"
+            f"{size(self.checkpoint_bytes)} take {size(files * self.checkpoint_bytes)}, and "
+            f"{size((files + 1) * self.checkpoint_bytes)} while one is written"
         )
 
     # ---- checkpoints
@@ -293,6 +296,8 @@ class TrainState:
             raise diverged(f"the loss is {means['loss']} at step {self.step}", self.config.folder)
         check_scale(self.scaler, self.config.folder)
         seconds = time.perf_counter() - self._window_start
+        self._measured_seconds += seconds
+        self._measured_images += steps * self.plan.global_batch
         speed = {
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": steps * self.plan.global_batch / seconds,

@@ -6,7 +6,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from subprocess import run
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import click
 import pytest
@@ -19,6 +20,8 @@ from model.alexnet import ACTIVATIONS, DROPPABLE, VARIANTS
 from model.parallel.layouts import LAYOUTS
 from model.training import recipe
 from model.training.config import Config, command
+from model.training.log import Log, duration
+from model.training.state import TrainState
 from pipeline.load.plan import AUGMENTATIONS
 from pipeline.preprocess import MEANS
 
@@ -155,6 +158,54 @@ def test_the_first_rate_is_that_of_training_alone(
     options = ["--data", dataset, "--out", tmp_path, "--crop", 63, "--epochs", 1, "--global-batch", 32]
     assert train_here(*options).exit_code == 0
     assert order[:5] == ["train_loader", "eval_loader", "__init__", "start_window", "__next__"]
+
+
+@pytest.mark.parametrize("steps_per_epoch", [91, 1000])
+def test_the_estimate_is_printed_once_at_the_rate_of_the_first_hundred_steps(steps_per_epoch: int) -> None:
+    """8 epochs in batches of 32; the first 20 steps take 2 s each and the others 0.5 s."""
+    state = SimpleNamespace(
+        _estimate_step=100, _measured_seconds=0.0, _measured_images=0, checkpoint_bytes=4.5e8
+    )
+    state.plan = SimpleNamespace(steps_per_epoch=steps_per_epoch, global_batch=32)
+    state.config = SimpleNamespace(epochs=8, save_every=0, keep=3)
+    state.end_step = 8 * steps_per_epoch
+    lines = {}
+    for step in (
+        [*range(20, 90, 20), 91, *range(100, 300, 20)] if steps_per_epoch == 91 else range(20, 300, 20)
+    ):
+        state.step, state.epoch_ends = step, step % steps_per_epoch == 0
+        state.images_left = (state.end_step - step) * 32
+        state._measured_images = step * 32
+        state._measured_seconds = 40 + 0.5 * (step - 20)
+        if line := TrainState.estimate(cast(TrainState, state)):
+            lines[step] = line
+    when, per_step = (91, (40 + 35.5) / 91) if steps_per_epoch == 91 else (100, 80 / 100)
+    rest, files = (
+        per_step * (8 * steps_per_epoch - when),
+        "up to 4 checkpoints of 450 MB take 1.8 GB, and 2.2 GB",
+    )
+    assert lines == {
+        when: f"at {32 / per_step:,.0f} images/s an epoch takes {duration(per_step * steps_per_epoch)} and the "
+        f"rest of the run {duration(rest)}, without validation; {files} while one is written"
+    }
+    assert [duration(s) for s in (0.2, 89, 90, 3599, 9600, 49 * 3600)] == [
+        "1 s", "89 s", "2 min", "1 h 0 min", "2 h 40 min", "2 days 1 h"
+    ]  # fmt: skip
+
+
+def test_the_progress_bar_shows_the_time_that_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    log = Log(tmp_path, progress=True)
+    for step in range(3):
+        log.bar(4, step, 10)
+        log.remaining(600 - 120 * step)
+        row = {"images_per_s": 78.0, "loss": 1.25, "lr": 0.01, "data_wait": 0.0, "steps": 1}
+        log.write("train", epoch=4, step=step + 1, **row)
+    log.close()
+    shown = capsys.readouterr().err
+    assert "epoch 5" in shown and "10 min left" in shown and "6 min left" in shown.split("10 min left")[-1]
 
 
 def test_a_finished_run_says_so_and_keeps_its_config(dataset: Path, tmp_path: Path) -> None:

@@ -55,6 +55,29 @@ def test_every_recipe_sets_the_same_options_and_gives_way_to_the_command_line(
         assert {key for key in found if found[key] != both[key]} == {"lr"} and both["lr"] == 0.25
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # cuda-convnet's layers-80sec.cfg and layer-params-80sec.cfg
+        ("cifar-80sec", {"epochs": 11, "milestones": "8", "layer_decay": ["fc10=0.03", "fc64=0.03"]}),
+        # layers-18pct.cfg and layer-params-18pct.cfg
+        ("cifar-18pct", {"epochs": 140, "milestones": "120,130", "layer_decay": ["fc10=1"]}),
+    ],
+)
+def test_the_recipes_for_cifar_are_the_authors(name: str, expected: dict[str, object]) -> None:
+    both: dict[str, object] = {
+        "variant": name,
+        "crop": 32,
+        "mean": "pixel",
+        "augment": "none",
+        "color_std": 0,
+    }
+    both |= {"global_batch": 128, "lr": 0.001, "bias_lr": 2, "momentum": 0.9, "weight_decay": 0.004}
+    both |= {"schedule": "step", "init": "cuda-convnet", "dropout": 0, "warmup_epochs": 0}
+    recipe = json.loads((ROOT / f"recipes/{name}.json").read_text())
+    assert (both | expected).items() <= recipe.items()
+
+
 # --- the network's switches ---
 
 
