@@ -16,6 +16,7 @@ from tqdm import tqdm
 from base.errors import DataError
 from pipeline.build.cifar import is_archive, unpacked
 from pipeline.build.sources import (
+    NAMES_OF_VAL,
     Source,
     find_splits,
     missing_classes,
@@ -125,7 +126,8 @@ def main(
     \b
       a folder of class folders          SOURCE/<wnid>/**/*.JPEG (JPEG, PNG, GIF, BMP or WebP)
       Kaggle's ImageNet                  the folder that holds ILSVRC/
-      a folder with train/ and val/      each a folder of class folders, or flat with --labels or --devkit
+      a folder with train/ and val/      each a folder of class folders, or flat with --labels or --devkit;
+                                         without val/ also valid/, validation/ or test/ with the same classes
       the official tars                  ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar (with the devkit),
                                          or the folder that holds them; they are not unpacked
       parquet files or WebDataset tars   a folder of them, as from Hugging Face; their names contain the split
@@ -166,6 +168,8 @@ def main(
         if val_fraction is not None and (split or list(splits) != ["train"]):
             why = f"--split {split} is given" if split else f"{source} holds {' and '.join(splits)}"
             raise click.UsageError(f"--val-fraction splits training images, but {why}: leave it out")
+        if (val := splits.get("val")) and split is None and val.name in NAMES_OF_VAL:
+            echo(f"val is {val}", err=True)
         if split is None:
             if not labels:
                 refuse_splits_as_classes(source, splits)

@@ -32,6 +32,7 @@ NAME_FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")  # relative to the root of Kaggle's download
 KAGGLE_LABELS, TINY_LABELS = "LOC_val_solution.csv", "val_annotations.txt"
 # A folder that holds two or more of these holds splits, not classes.
+NAMES_OF_VAL = ("valid", "validation", "test")  # in this order, if there is no val
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 _SPLIT_IN_NAME = re.compile(r"(?:^|[-_.])(train|val|test)(?:ing|id|idation)?(?=[-_.]|$)")
 
@@ -55,8 +56,9 @@ class Source:
 def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
     """Return {split: directory or archive}, train first. Raises DataError if `source` cannot be read.
 
-    A directory can hold the official tars, train/ and val/, or parquet files or WebDataset tars of both splits. Any
-    other directory is one split itself: "train", or `split` if that is given.
+    A directory can hold the official tars, train/ and val/, or parquet files or WebDataset tars of both splits.
+    Without val/, one of NAMES_OF_VAL is val if it holds class folders of train. Any other directory is one split
+    itself: "train", or `split` if that is given.
     """
     if not source.exists():
         raise DataError(f"{source} does not exist: give a folder of class folders or an ILSVRC2012 tar")
@@ -74,6 +76,12 @@ def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
             found[name] = source / tar
         elif (source / name).is_dir() and not (split and _is_class(source / name)):
             found[name] = source / name
+    if "val" not in found and found.get("train") == source / "train":
+        classes = set(_folders(source / "train"))
+        others = [name for name in NAMES_OF_VAL if (source / name).is_dir()]
+        # of the same classes: the test images of a contest have none
+        if named := [name for name in others if classes & set(_folders(source / name))]:
+            found["val"] = source / named[0]
     if not found:
         for folder in (source, source / "data"):
             if archives := _archives(folder):
@@ -146,12 +154,13 @@ def refuse_splits_as_classes(source: Path, splits: dict[str, Path]) -> None:
 
 
 def not_read(source: Path, splits: dict[str, Path], known: Sequence[Path]) -> tuple[Path, list[str]]:
-    """Return (folder, names of the folders beside train/ and val/ in it that are not read).
+    """Return (folder, names of the folders beside those of train and val in it that are not read).
 
     The devkit and folders that contain one of the `known` paths are not listed.
     """
     folder = next(iter(splits.values())).parent
-    read = {path.name for name, path in splits.items() if path.parent == folder and path.name == name}
+    own = {"train": ("train",), "val": ("val", *NAMES_OF_VAL)}
+    read = {path.name for name, path in splits.items() if path.parent == folder and path.name in own[name]}
     if not read or not folder.is_relative_to(source):
         return folder, []
     read.add(DEVKIT)

@@ -296,14 +296,14 @@ def test_a_source_is_not_its_own_output(class_folders: Path, tmp_path: Path) -> 
 
 
 def test_folders_that_may_have_been_meant_are_named(class_folders: Path, tmp_path: Path) -> None:
-    for name, split in (("train", "train"), ("validation", "val")):
+    for name, split in (("train", "train"), ("extra", "val")):
         shutil.copytree(class_folders / split, tmp_path / "photos" / name)
     options = [str(tmp_path / "out"), "--workers", "2", "--size", "32"]
     result = CliRunner().invoke(build, [str(tmp_path / "photos"), *options])
-    assert result.exit_code == 0 and "also holds validation, which is not read" in result.output
+    assert result.exit_code == 0 and "also holds extra, which is not read" in result.output
     assert f"{len(list((class_folders / 'train').iterdir()))} classes" in result.output
     shutil.copytree(class_folders / "val", tmp_path / "photos/val")
-    shutil.rmtree(tmp_path / "photos/validation")
+    shutil.rmtree(tmp_path / "photos/extra")
     (tmp_path / "photos/ILSVRC2012_devkit_t12").mkdir()
     (tmp_path / "photos/lists").mkdir()
     (tmp_path / "photos/lists/names.txt").write_text("coffee a cup\n")
@@ -315,6 +315,23 @@ def test_folders_that_may_have_been_meant_are_named(class_folders: Path, tmp_pat
     (tmp_path / "photos/testing").mkdir()
     result = CliRunner().invoke(build, [str(tmp_path / "photos"), *options])
     assert result.exit_code == 1 and "testing and training, which look like splits" in result.output
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+def test_val_may_have_another_name(name: str, class_folders: Path, tmp_path: Path) -> None:
+    """Folders of CIFAR-10 have test/, other data sets valid/. Test images without classes are not taken."""
+    photos = tmp_path / "photos"
+    shutil.copytree(class_folders / "train", photos / "train")
+    shutil.copytree(class_folders / "val", photos / name)
+    result = CliRunner().invoke(build, [str(photos), str(tmp_path / "out"), "--workers", "1", "--size", "32"])
+    assert result.exit_code == 0 and f"val is {photos / name}\n" in result.output
+    assert "not read" not in result.output
+    found = {split: Manifest.load(tmp_path / "out" / split).count for split in ("train", "val")}
+    assert found == {split: len(list((class_folders / split).glob("*/*"))) for split in found}
+    assert find_splits(photos, "val") == {"val": photos / name}
+    for folder in list((photos / name).iterdir()):
+        folder.rename(photos / name / f"other-{folder.name}")
+    assert find_splits(photos) == {"train": photos / "train"}
 
 
 def test_a_build_without_a_compiler_says_so_once(

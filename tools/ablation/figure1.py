@@ -39,14 +39,9 @@ def cifar_shards(source: Path, out: Path) -> Path:
             )
         return data
     write_text(data / "source.json", json.dumps(identity) + "\n")
-    builds = [[str(source)]]
-    if (source / "test").is_dir():  # the names of CIFAR-10's own splits
-        builds = [[str(source / "train"), "--split", "train"], [str(source / "test"), "--split", "val"]]
-    for arguments in builds:
-        command = [sys.executable, str(ROOT / "tools/build_lmdb.py"), arguments[0], str(data), *arguments[1:]]
-        options = ["--size", "32", "--encoding", "raw", "--overwrite"]
-        if subprocess.run([*command, *options]).returncode:
-            raise ModelError(f"cannot build shards from {source}: give CIFAR-10's archive or class folders")
+    command = [sys.executable, str(ROOT / "tools/build_lmdb.py"), str(source), str(data)]
+    if subprocess.run([*command, "--size", "32", "--encoding", "raw", "--overwrite"]).returncode:
+        raise ModelError(f"cannot build shards from {source}: give CIFAR-10's archive or class folders")
     return data
 
 
