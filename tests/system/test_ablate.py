@@ -20,7 +20,7 @@ from pipeline.build.sources import open_source
 from pipeline.build.split import Options, build_split
 from tools import ablate
 from tools.ablation import figure1, jobs
-from tools.ablation.claims import spread
+from tools.ablation.claims import planned, spread, summarise
 from tools.ablation.report import as_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +178,24 @@ def test_steps_to_learn_end_the_last_stay_at_the_level_of_guessing() -> None:
     assert jobs.steps_to_learn(log(1.0, 0.94, 0.96, 0.94, 0.8)) == 80
     assert jobs.steps_to_learn(log(0.94, 0.5)) == 20
     assert jobs.steps_to_learn(log(1.0, 0.5, 0.95)) is None and jobs.steps_to_learn([]) is None
+
+
+def test_the_table_of_initial_weights_tells_when_they_learn_and_when_never() -> None:
+    (out, data), names = (
+        (Path("out"), Path("data")),
+        ["baseline", "init-cuda-convnet2", "init-paper", "init-he"],
+    )
+    runs = planned(["init"], out, data, ["--epochs", "8"], 2, set())
+    assert [(run.name, run.seed) for run in runs] == [(name, seed) for seed in (0, 1) for name in names]
+    own = [["--init", "cuda-convnet2", "--bias-lr", "2"], ["--init", "paper"], ["--init", "he"]]
+    assert [run.arguments for run in runs[:4]] == [["--epochs", "8", *options] for options in ([], *own)]
+    for run, learnt in zip(runs, [80, 140, 160, None, 100, 160, None, None], strict=True):
+        run.result = {"top1": [0.1, 0.7 - 0.1 * run.seed], "top5": [1.0, 1.0], "steps_to_learn": learnt}
+    lines = as_markdown({"claims": summarise(["init"], runs)}).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    column = {row[0]: row[cells[0].index("learns after")] for row in cells[2:]}
+    assert list(column.values()) == ["90 ± 14", "150 ± 14", "160, 1 never", "–, 2 never"]
+    assert [row[cells[0].index("top-1")] for row in cells[2:]] == ["35.0 ± 7.1"] * 4
 
 
 def test_errors_are_one_line(dataset: Path, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_a_steady_step(
     expected = (first := LAUNCHES[variant][amp != "off"]) + (parts - 1) * (first - 6) + 8 * (amp == "fp16")
     expected += (6 + 10 * parts) * bool(given.get("--mixup")) + 4 * ("--ema" in given) + 20 * ("lars" in more)
     assert expected - 3 <= fakecuda.launches(steady) <= expected
+    assert torch.backends.cudnn.allow_tf32 == (amp != "off")  # off means float32
     devices = {tensor.device.type for tensor in trace.saved[0]["model"].values()}
     assert len(trace.saved) == 1 and devices == {"cuda"}  # `checkpoint.save` moves them to the CPU
 
