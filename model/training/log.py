@@ -4,7 +4,7 @@ log.jsonl has one JSON object per line. Its `kind` is one of
 
     train     means over the last `steps` steps: loss, lr, images_per_s, data_wait (the share of the time that was
               spent waiting for data), with --train-error error, and guess, the loss of always predicting the
-              frequencies of this epoch's labels
+              frequencies of the labels in the last 100 steps or so
     val       validation after an epoch: loss, top1, top5, count
     guessing  the network has not learnt anything yet: loss, guess
 

@@ -28,28 +28,32 @@ class Watch:
     def __init__(self, classes: int, smoothing: float = 0.0, steps_per_epoch: int = RECENT) -> None:
         self.smoothing = smoothing
         self.span = min(RECENT, steps_per_epoch)
+        self.classes = classes
         self.learnt, self.warned = False, False
-        self.recent: deque[tuple[float, int]] = deque()  # mean losses, and the numbers of their steps
-        self.counts = torch.zeros(classes, dtype=torch.int64)  # of all labels so far
+        # of the last steps: mean losses, the numbers of their steps, and how often each label occurred
+        self.recent: deque[tuple[float, int, Tensor]] = deque()
 
     def add(self, loss: float, steps: int, counts: Tensor) -> None:
         """Add the mean loss of the last `steps` steps, and how often each label occurred, int64 (classes,)."""
-        self.recent.append((loss, steps))
-        while sum(steps for _, steps in self.recent) - self.recent[0][1] >= self.span:
+        self.recent.append((loss, steps, counts.cpu().clone()))
+        while self._steps() - self.recent[0][1] >= self.span:
             self.recent.popleft()
-        self.counts += counts.cpu()
-        enough = sum(steps for _, steps in self.recent) >= self.span
-        self.learnt = self.learnt or (enough and self.loss() < SHARE * self.guess())
+        self.learnt = self.learnt or (self._steps() >= self.span and self.loss() < SHARE * self.guess())
+
+    def _steps(self) -> int:
+        return sum(steps for _, steps, _ in self.recent)
 
     def loss(self) -> float:
         """The mean loss of the last RECENT steps or of an epoch, or of a few more steps."""
-        steps = sum(steps for _, steps in self.recent)
-        return sum(loss * steps for loss, steps in self.recent) / max(1, steps)
+        return sum(loss * steps for loss, steps, _ in self.recent) / max(1, self._steps())
 
     def guess(self) -> float:
-        """The loss of the best constant answer for the labels so far."""
-        share = self.counts.double() / self.counts.sum().clamp(min=1)
-        target = (1 - self.smoothing) * share + self.smoothing / len(share)
+        """The loss of the best constant answer for the labels of the same steps."""
+        counts = torch.zeros(self.classes, dtype=torch.int64)
+        for *_, labels in self.recent:
+            counts += labels
+        share = counts.double() / counts.sum().clamp(min=1)
+        target = (1 - self.smoothing) * share + self.smoothing / self.classes
         return -torch.special.xlogy(target, target).sum().item()
 
     def epoch_ends(self, step: int, last: bool) -> dict[str, float] | None:
@@ -84,10 +88,14 @@ class Watch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"learnt": self.learnt, "warned": self.warned, "recent": list(self.recent)}
-        return state | {"counts": self.counts.clone()}
+        return {"learnt": self.learnt, "warned": self.warned, "recent": list(self.recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Also takes the state of earlier versions, which had the sums of an epoch."""
         self.learnt, self.warned = bool(state["learnt"]), bool(state["warned"])
-        self.recent = deque((float(loss), int(steps)) for loss, steps in state["recent"])
-        self.counts.copy_(state["counts"])
+        recent = state.get("recent")
+        if recent is None:
+            steps = state["steps"]
+            recent = [(state["loss"] / steps, steps, state["counts"])] if steps else []
+        zeros = torch.zeros(self.classes, dtype=torch.int64)
+        self.recent = deque((float(loss), int(steps), zeros + counts) for loss, steps, counts in recent)

@@ -140,6 +140,7 @@ def state(dataset: Path, tmp_path: Path) -> TrainState:
         {"watch": {}},
         {"watch": [1]},
         {"watch": {"add": 1}},
+        {"watch": {"learnt": False, "warned": False, "recent": [(1.0, float("inf"), torch.zeros(4))]}},
         {"identity": None},
         {"identity": {}},
         {"ema": {"model": {}}},

@@ -41,6 +41,31 @@ def test_a_stuck_run_is_reported_once_and_not_before_it_had_time() -> None:
     assert short.epoch_ends(10, last=True) == pytest.approx({"loss": 0.69, "guess": math.log(2)})
 
 
+def test_labels_that_are_rare_by_chance_are_not_learning() -> None:
+    """A constant guess is compared with the best constant guess for the same images, however rare a class is."""
+    watch, random = Watch(2), torch.Generator().manual_seed(1)
+    log_shares = torch.tensor([0.99, 0.01]).log()
+    for _ in range(500):
+        labels = torch.rand(20 * 32, generator=random) < 0.01
+        counts = torch.tensor([(~labels).sum(), labels.sum()])
+        watch.add(-(counts * log_shares).sum().item() / len(labels), 20, counts)
+    assert not watch.learnt
+    watch.add(0.0, 100, counts)
+    assert watch.learnt
+
+
+def test_the_state_of_earlier_versions_is_taken() -> None:
+    watch = Watch(2, steps_per_epoch=20)
+    watch.load_state_dict(
+        {"learnt": False, "warned": True, "loss": 13.8, "steps": 20, "counts": torch.tensor([320, 320])}
+    )
+    assert watch.warned and (watch.loss(), watch.guess()) == pytest.approx((0.69, math.log(2)))
+    watch.load_state_dict(
+        {"learnt": True, "warned": False, "loss": 0.0, "steps": 0, "counts": torch.tensor([0, 0])}
+    )
+    assert watch.learnt and not watch.recent
+
+
 def test_the_last_steps_count_however_long_the_plateau_was_before() -> None:
     """ImageNet's first epoch: 8,000 steps on the plateau, then 2,000 with a loss that falls to 5.5."""
     watch, counts = Watch(1000), torch.full((1000,), 3)
