@@ -162,13 +162,13 @@ def main(
             source = click.get_current_context().with_resource(unpacked(source, out))
         if source.is_dir() and source.resolve() == out.resolve():
             raise DataError(f"{out} is the folder of the images: give another OUT")
-        splits = find_splits(source, split)
+        splits = find_splits(source, split, rename=val_fraction is None)
         if labels and len(splits) > 1:
             raise click.UsageError("--labels is for one split: add --split train or --split val")
         if val_fraction is not None and (split or list(splits) != ["train"]):
             why = f"--split {split} is given" if split else f"{source} holds {' and '.join(splits)}"
             raise click.UsageError(f"--val-fraction splits training images, but {why}: leave it out")
-        if (val := splits.get("val")) and split is None and val.name in NAMES_OF_VAL:
+        if (val := splits.get("val")) and val.parent == source and val.name in NAMES_OF_VAL:
             echo(f"val is {val}", err=True)
         if split is None:
             if not labels:

@@ -31,8 +31,8 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 NAME_FILES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")  # relative to the root of Kaggle's download
 KAGGLE_LABELS, TINY_LABELS = "LOC_val_solution.csv", "val_annotations.txt"
-# A folder that holds two or more of these holds splits, not classes.
 NAMES_OF_VAL = ("valid", "validation", "test")  # in this order, if there is no val
+# A folder that holds two or more of these holds splits, not classes.
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 _SPLIT_IN_NAME = re.compile(r"(?:^|[-_.])(train|val|test)(?:ing|id|idation)?(?=[-_.]|$)")
 
@@ -53,12 +53,12 @@ class Source:
 # --- which splits a SOURCE holds ---------------------------------------------------------------------------
 
 
-def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
+def find_splits(source: Path, split: str | None = None, rename: bool = True) -> dict[str, Path]:
     """Return {split: directory or archive}, train first. Raises DataError if `source` cannot be read.
 
     A directory can hold the official tars, train/ and val/, or parquet files or WebDataset tars of both splits.
-    Without val/, one of NAMES_OF_VAL is val if it holds class folders of train. Any other directory is one split
-    itself: "train", or `split` if that is given.
+    Without val/ and if `rename` is true, one of NAMES_OF_VAL is val if its folders are classes of train. Any other
+    directory is one split itself: "train", or `split` if that is given.
     """
     if not source.exists():
         raise DataError(f"{source} does not exist: give a folder of class folders or an ILSVRC2012 tar")
@@ -76,12 +76,16 @@ def find_splits(source: Path, split: str | None = None) -> dict[str, Path]:
             found[name] = source / tar
         elif (source / name).is_dir() and not (split and _is_class(source / name)):
             found[name] = source / name
-    if "val" not in found and found.get("train") == source / "train":
-        classes = set(_folders(source / "train"))
-        others = [name for name in NAMES_OF_VAL if (source / name).is_dir()]
-        # of the same classes: the test images of a contest have none
-        if named := [name for name in others if classes & set(_folders(source / name))]:
-            found["val"] = source / named[0]
+    if rename and "val" not in found and found.get("train") == source / "train":
+        for name in NAMES_OF_VAL:
+            # with classes: the test images of a contest have none
+            if (
+                (source / name).is_dir()
+                and (classes := _folders(source / name))
+                and set(classes) <= set(_folders(source / "train"))
+            ):
+                found["val"] = source / name
+                break
     if not found:
         for folder in (source, source / "data"):
             if archives := _archives(folder):

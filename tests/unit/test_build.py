@@ -328,9 +328,14 @@ def test_val_may_have_another_name(name: str, class_folders: Path, tmp_path: Pat
     assert "not read" not in result.output
     found = {split: Manifest.load(tmp_path / "out" / split).count for split in ("train", "val")}
     assert found == {split: len(list((class_folders / split).glob("*/*"))) for split in found}
-    assert find_splits(photos, "val") == {"val": photos / name}
-    for folder in list((photos / name).iterdir()):
-        folder.rename(photos / name / f"other-{folder.name}")
+    options = [str(photos), str(tmp_path / "own"), "--workers", "1", "--size", "32"]
+    result = CliRunner().invoke(build, [*options, "--split", "val"])
+    assert result.exit_code == 0 and f"val is {photos / name}\n" in result.output
+    # the held-out images stay so if others are validated
+    result = CliRunner().invoke(build, [*options, "--val-fraction", "0.5", "--overwrite"])
+    assert result.exit_code == 0 and f"also holds {name}, which is not read" in result.output
+    assert Manifest.load(tmp_path / "own/val").count == found["train"] / 2
+    next((photos / name).iterdir()).rename(photos / name / "another class")
     assert find_splits(photos) == {"train": photos / "train"}
 
 
