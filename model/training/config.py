@@ -536,12 +536,16 @@ def command(work: Callable[[Config], None]) -> click.Command:
 
 
 def given_options() -> set[str]:
-    """Names of the options that the command line, --config or --recipe gave to the current command."""
-    context = click.get_current_context()
-    names = {parameter.name for parameter in context.command.params if parameter.name}
-    return {
-        name for name in names if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
-    }
+    """Names of the options on the command line, and of those that --config or --recipe changed from the default."""
+    context, defaults = click.get_current_context(), vars(Config())
+    given = set()
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        # files hold all options
+        changed = source == ParameterSource.DEFAULT_MAP and value != defaults.get(name)
+        if source == ParameterSource.COMMANDLINE or changed:
+            given.add(name)
+    return given
 
 
 def _resume(config: Config) -> None:

@@ -168,12 +168,23 @@ def test_a_training_begins_with_torchvisions_weights(dataset: Path, tmp_path: Pa
             {"activation": "relu", "pool": "3,2", "stride": 4, "crop": 224, "lrn": True, "mean": "channel"},
         ),
         (["--variant", "bn"], {"variant": "bn", "activation": "relu", "pool": "3,2", "lrn": None}),
+        # files have all options: only what they change is given
+        (
+            ["--recipe", "paper"],
+            {"activation": "tanh", "pool": "2,2", "stride": 1, "crop": 67, "mean": "pixel"},
+        ),
+        (
+            ["--config", "FILE"],
+            {"activation": "tanh", "pool": "2,2", "stride": 2, "crop": 67, "mean": "channel"},
+        ),
     ],
 )
 def test_options_that_are_given_win_over_those_of_the_weights(
-    given: list[str], expected: dict[str, Any]
+    given: list[str], expected: dict[str, Any], tmp_path: Path
 ) -> None:
     """Also if they are the defaults."""
+    (tmp_path / "config.json").write_text(json.dumps({"activation": "relu", "stride": 2, "crop": 224}))
+    given = [str(tmp_path / "config.json") if option == "FILE" else option for option in given]
     taken: list[Config] = []
 
     def work(config: Config) -> None:
