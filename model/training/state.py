@@ -192,8 +192,12 @@ class TrainState:
         return (
             f"at {rate:,.0f} images/s an epoch takes {duration(epoch / rate)} and the rest of the run "
             f"{duration(self.images_left / rate)}, without validation; up to {files} checkpoints of "
-            f"{size(self.checkpoint_bytes)} take {size(files * self.checkpoint_bytes)}, and "
-            f"{size((files + 1) * self.checkpoint_bytes)} while one is written"
+            f"{size(self.checkpoint_bytes)} take {size(files * self.checkpoint_bytes)}"
+            + (
+                f", and {size((files + 1) * self.checkpoint_bytes)} while one is written"
+                if saves > self.config.keep
+                else ""
+            )
         )
 
     # ---- checkpoints
@@ -234,7 +238,9 @@ class TrainState:
             self._load(saved)
         except (torch.OutOfMemoryError, torch.AcceleratorError):  # the checkpoint may be right
             raise
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (
+            KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError
+        ) as error:  # fmt: skip
             raise ModelError(
                 f"the checkpoint in {self.config.folder} does not fit this run ({one_line(error)[:200]}): "
                 "give the --out of the run that wrote it, or start again with another --out"

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from subprocess import run
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import click
 import pytest
+import torch
 from helpers import ROOT, train_error, train_here
 
 import train
@@ -18,10 +20,12 @@ from base.errors import ModelError
 from base.files import lock
 from model.alexnet import ACTIVATIONS, DROPPABLE, VARIANTS
 from model.parallel.layouts import LAYOUTS
+from model.parallel.ranks import Ranks
 from model.training import recipe
 from model.training.config import Config, command
 from model.training.log import Log, duration
 from model.training.state import TrainState
+from model.training.watch import Watch
 from pipeline.load.plan import AUGMENTATIONS
 from pipeline.preprocess import MEANS
 
@@ -193,10 +197,29 @@ def test_the_estimate_is_printed_once_at_the_rate_of_the_first_hundred_steps(ste
     ]  # fmt: skip
 
 
-def test_the_progress_bar_shows_the_time_that_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_rate_of_the_estimate_is_that_of_all_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    """A window of 20 steps in 40 s, then one of 10 in 5 s."""
+    clock = iter([40.0, 40.0, 45.0, 45.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    state = SimpleNamespace(ranks=Ranks(), step=20, data_wait=0.0, _window_start=0.0, _window_step=0)
+    state.config = SimpleNamespace(train_error=False, folder=tmp_path)
+    state.plan = SimpleNamespace(global_batch=32)
+    state.loss_sum, state.correct, state.label_counts = torch.ones(()), torch.zeros(()), torch.tensor([1, 1])
+    state.watch, state.scaler = Watch(2), torch.amp.GradScaler("cpu", enabled=False)
+    state.optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    state.start_window = lambda: TrainState.start_window(cast(TrainState, state))
+    state._measured_seconds, state._measured_images = 0.0, 0
+    assert TrainState.end_window(cast(TrainState, state))["images_per_s"] == 20 * 32 / 40
+    state.step = 30
+    assert TrainState.end_window(cast(TrainState, state))["images_per_s"] == 10 * 32 / 5
+    assert (state._measured_images, state._measured_seconds) == (30 * 32, 45)
+
+
+def test_the_progress_bar_shows_the_time_that_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = Log(tmp_path, progress=True)
     for step in range(3):
         log.bar(4, step, 10)
