@@ -153,7 +153,11 @@ class Inherited:
     """A descriptor for processes that multiprocessing spawns: they keep it and its lock until they end."""
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+        self._descriptor = descriptor
 
-    def __reduce__(self) -> tuple[type[Inherited], tuple[Any]]:
-        return Inherited, (DupFd(self.descriptor),)
+    def __reduce__(self) -> tuple[Any, tuple[Any]]:
+        return _inherit, (DupFd(self._descriptor),)
+
+
+def _inherit(copy: Any) -> Inherited:
+    return Inherited(copy.detach())

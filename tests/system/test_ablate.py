@@ -108,10 +108,19 @@ def test_figure_1_stops_each_run_at_the_target(
         build_split(source, tmp_path / "data", Options(size=32, encoding="raw"), workers=1)
     out = tmp_path / "out"
     arguments = ["--figure1", tmp_path / "data", "--out", out, "--gpus", 0, "--jobs", 1, "--seeds", 1]
-    arguments += ["--lrs", "0.002,0.00001", "--max-epochs", 200, "--", "--global-batch", "32"]
-    script = [sys.executable, ROOT / "tools/ablate.py", *arguments]
-    done = subprocess.run(list(map(str, script)), cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
+    arguments += ["--lrs", "0.002,0.00001"]
+
+    def run(epochs: int) -> str:
+        more = ["--max-epochs", epochs, "--", "--global-batch", "32"]
+        script = [sys.executable, ROOT / "tools/ablate.py", *arguments, *more]
+        done = subprocess.run(list(map(str, script)), cwd=ROOT, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run(1).count("| – | 1 | 1 | 0.002: more than 1, 0.00001: more than 1 |") == 2
+    first = [path.stat().st_mtime_ns for path in sorted(out.glob("figure1/*/seed-0/arguments.json"))]
+    printed = run(200)  # continues the same runs
+    assert first == [path.stat().st_mtime_ns for path in sorted(out.glob("figure1/*/seed-0/arguments.json"))]
     figure = json.loads((out / "results.json").read_text())["figure1"]
     assert [row["activation"] for row in figure["rows"]] == ["relu", "tanh"]
     for row in figure["rows"]:
@@ -121,7 +130,7 @@ def test_figure_1_stops_each_run_at_the_target(
         assert row["lr"] == "0.002" and row["trials"]["0.002"]["epochs"] == row["epochs"]["mean"]
         slow = row["trials"]["0.00001"]  # given up when it could not win any more
         assert slow["epochs"] is None and row["epochs"]["mean"] <= slow["tried"] < 200
-        assert f"The best rate of {row['activation']} is at the edge" in done.stdout
+        assert f"The best rate of {row['activation']} is at the edge" in printed
     config = json.loads((out / "figure1/tanh-lr-0.002/seed-0/config.json").read_text())
     expected: dict[str, object] = {"variant": "cifar-18pct", "activation": "tanh", "mean": "pixel"}
     expected |= {"augment": "none", "color_std": 0, "dropout": 0, "weight_decay": 0, "layer_decay": []}

@@ -171,10 +171,12 @@ def test_ctrl_c_before_a_question_to_the_scheduler_is_sent_logs_no_error(
         assert cluster.client.loop
         cluster.client.loop.add_callback(time.sleep, 1)
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup may have changed it
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
-            cluster.client.run_on_scheduler(os.getpid)
-        signal.signal(signal.SIGINT, before)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+                cluster.client.run_on_scheduler(os.getpid)
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert not [message for message in logged if "exception" in message.lower()]
 
 

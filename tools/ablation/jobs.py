@@ -71,6 +71,7 @@ class Job:
         """Keep the result, which other runs of the race compare themselves with."""
         self.result = result
         if self.race and (epochs := self.reached()) is not None:
+            # not locked: a lost update only lets a slower run take longer
             self.race.best = min(self.race.best, epochs)
 
 

@@ -91,10 +91,7 @@ def as_markdown(parts: dict[str, Any]) -> str:
                 format_spread(row["epochs"]),
                 str(row["seeds"]),
                 str(row["not_reached"]),
-                ", ".join(
-                    f"{rate}: " + (f"more than {t['tried']}" if t["epochs"] is None else f"{t['epochs']:.1f}")
-                    for rate, t in row["trials"].items()
-                ),
+                ", ".join(f"{rate}: {_epochs(trial)}" for rate, trial in row["trials"].items()),
             ]
             lines.append("| " + " | ".join(cells) + " |")
         lines += [
@@ -113,6 +110,12 @@ def as_markdown(parts: dict[str, Any]) -> str:
                 lines += ["", f"tanh takes {how}{ratio:.1f} times the epochs of ReLU; the paper says six."]
         lines.append("")
     return "\n".join(lines)
+
+
+def _epochs(trial: dict[str, Any]) -> str:
+    if trial["epochs"] is not None:
+        return f"{trial['epochs']:.1f}"
+    return f"more than {trial['tried']}" if trial["tried"] else "failed"
 
 
 def curves_figure(runs: list[Job]) -> Figure:
