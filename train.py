@@ -174,7 +174,7 @@ def train(ranks: Ranks, config: Config) -> None:
     log.say(state.describe() + decoder_rates)
     if state.loaded:
         log.say(f"starting from {state.loaded}" + ("; the convolutions are frozen" if config.freeze else ""))
-    stop = StopRequest()
+    stop = StopRequest(say=ranks.first)
 
     # ---- the loop
     stopping = False

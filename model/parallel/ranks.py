@@ -30,6 +30,8 @@ from base.errors import ModelError, UserError
 from base.files import Inherited
 from base.machine import STOP_SIGNALS, keep_freed_memory
 
+GRACE = 5  # seconds after a signal in which another one is ignored
+AGAIN = f"another Ctrl-C, after {GRACE} s, ends it unsaved"
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
@@ -308,12 +310,16 @@ def _check_architecture(index: int) -> None:
 
 
 class StopRequest:
-    """Records SIGINT, SIGTERM or SIGHUP. A second signal, more than a second later, has its usual effect.
+    """Records SIGINT, SIGTERM or SIGHUP. A second signal, more than GRACE seconds later, has its usual effect.
 
     A signal that was ignored when the program started (nohup) stays ignored.
+
+    Args:
+        say: whether this process tells the user what happens.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: bool = False) -> None:
+        self.say = say
         self.requested = False
         self._since = 0.0
         for number in STOP_SIGNALS:
@@ -321,8 +327,13 @@ class StopRequest:
                 signal.signal(number, self._request)
 
     def _request(self, number: int, _frame: Any) -> None:
-        if self.requested and time.monotonic() - self._since > 1:  # launchers send some signals twice
+        # launchers send some signals twice, and Python runs this only when the current operator has ended
+        if self.requested and time.monotonic() - self._since > GRACE:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not self.requested:
             self.requested, self._since = True, time.monotonic()
+            if self.say:  # print may be what was interrupted
+                os.write(
+                    2, f"\nstopping: this step or validation ends, then the run is saved; {AGAIN}\n".encode()
+                )

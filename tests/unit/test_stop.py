@@ -48,11 +48,20 @@ def test_each_signal_asks_for_a_save(number: signal.Signals) -> None:
     assert stop.requested
 
 
+def test_the_first_signal_says_what_happens(capfd: pytest.CaptureFixture[str]) -> None:
+    for say in (False, True):
+        StopRequest(say)
+        raise_signal(signal.SIGINT)
+        raise_signal(signal.SIGINT)
+        printed = capfd.readouterr().err
+        assert printed.count("then the run is saved; another Ctrl-C, after 5 s, ends it unsaved") == say
+
+
 @pytest.mark.parametrize("second", STOP_SIGNALS)
 def test_a_second_signal_kills_but_not_at_once(second: signal.Signals, clock: SimpleNamespace) -> None:
     stop = StopRequest()
     raise_signal(signal.SIGTERM)
-    for seconds in (0, 0.5, 0.5):  # since the first one
+    for seconds in (0, 2, 3):  # since the one before
         clock.seconds += seconds
         raise_signal(second)
     assert stop.requested
