@@ -184,7 +184,9 @@ class Checkpoints:
         """
         paths = checkpoint_paths(self.out)
         if not paths:
-            raise ModelError(f"{self.out} holds no checkpoint to resume from: start without --resume")
+            raise ModelError(
+                f"{self.out} holds no checkpoint to resume from: give a run's --out, or start without --resume"
+            )
         remedy = ": start again with another --out"
         if len(paths) > 1:
             remedy = ": to resume from the previous one, use --resume --fall-back"

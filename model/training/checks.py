@@ -20,7 +20,9 @@ def check_folder(config: Config) -> None:
             f"{config.folder} holds a run already: continue it with --resume, or give another --out"
         )
     if config.resume and not exists:
-        raise ModelError(f"{config.folder} holds no checkpoint to resume from: start without --resume")
+        raise ModelError(
+            f"{config.folder} holds no checkpoint to resume from: give a run's --out, or start without --resume"
+        )
 
 
 def check_data(config: Config) -> tuple[int, int, int]:
