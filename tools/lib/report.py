@@ -67,9 +67,9 @@ def make_report(
             f"after {stuck['step']:,} steps the training loss was {stuck['loss']:.3f}, and always predicting "
             f"the frequencies of the classes gave {stuck['guess']:.3f}"
         )
-        last = next(entry["loss"] for entry in reversed(log) if entry["kind"] == "train")
-        if last < SHARE * stuck["guess"]:
-            facts["only guessed"] += f"; it has learnt since, to {last:.3f}"
+        last = next((entry for entry in reversed(log) if entry["kind"] == "train"), stuck)
+        if last["step"] > stuck["step"] and last["loss"] < SHARE * stuck["guess"]:
+            facts["only guessed"] += f"; it has learnt since, to {last['loss']:.3f}"
     counts = {split: count_classes(reader, split, progress) for split, reader in readers.items()}
     classes = trained.classes
     first = training_batch(train, plan, trained.preprocess, step=0, images=8)
