@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from faults.processes import shared_memory_of
-from helpers import ROOT, newest, same_weights, train_command, train_error
+from helpers import ROOT, newest, same_weights, train_command, train_error, wait_until
 from helpers import run_train as run
 
 from base.errors import UserError
@@ -133,11 +133,7 @@ def test_two_ranks_stop_together_and_one_goes_on(whole: Path, dataset: Path, tmp
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (
-        (out / "log.jsonl").exists() and (out / "log.jsonl").read_text()
-    ):
-        time.sleep(0.02)
+    wait_for_log(out)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 75 and "--resume" in output, errors
@@ -287,11 +283,7 @@ def test_weights_and_biases_get_every_curve(dataset: Path, tmp_path: Path) -> No
 
 def wait_for_log(out: Any) -> None:
     """Wait until the log has its first line."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (
-        (out / "log.jsonl").exists() and (out / "log.jsonl").read_text()
-    ):
-        time.sleep(0.02)
+    wait_until(lambda: (out / "log.jsonl").exists() and bool((out / "log.jsonl").read_text()))
 
 
 def one_line_error(done: Any) -> Any:
