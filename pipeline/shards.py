@@ -302,8 +302,9 @@ def _check_open_files(error: OSError | lmdb.Error, path: Path) -> None:
 
 def _no_data_set(split_dir: Path) -> str:
     """The error message if there is no manifest."""
-    build = "python tools/build_lmdb.py"
     out, split = split_dir.parent, split_dir.name if split_dir.name in ("train", "val") else "train|val"
+    build, place = "python tools/build_lmdb.py", quote(str(split_dir.parent))
+    this = f"`{build} {place} OUT`, then give OUT"
     if (out / MANIFEST).exists():
         whole = out.resolve().parent
         return f"no data set in {split_dir}: {out} is one split of a data set; give {whole}"
@@ -311,21 +312,19 @@ def _no_data_set(split_dir: Path) -> str:
     if any(split_dir.glob("shard-*/data.mdb")):
         return f"{missing}, only shards: restore it from a copy or build the data set again"
     if other := find_foreign_entry(split_dir):
-        return f"{missing}, which {other}: build one with `{build} {quote(str(out))} OUT`, then give OUT"
+        return f"{missing}, which {other}: build one with {this}"
     entries = [] if (out / "train").exists() else sorted(out.glob("[!.]*"))
     folders = [entry for entry in entries if entry.is_dir()]
     if sets := [folder for folder in folders if (folder / "train" / MANIFEST).exists()]:
         return f"{missing}; there is a data set in {sets[0]}: give that folder"
     if classes := [folder.name for folder in folders if folder.name not in ("val", "lost+found")]:
-        command = f"{build} {quote(str(out))} OUT --val-fraction 0.2"
         return (
             f"{missing}; {out} holds {classes[0]}/: if these are photographs, build a data set with "
-            f"`{command}`, then give OUT"
+            f"`{build} {place} OUT --val-fraction 0.2`, then give OUT"
         )
     if archives := [entry for entry in entries if ".tar" in entry.suffixes]:
-        command = f"{build} {quote(str(out))} OUT"
-        return f"{missing}; {out} holds {archives[0].name}: build one with `{command}`, then give OUT"
-    command = f"{build} SOURCE {quote(str(out))}"
+        return f"{missing}; {out} holds {archives[0].name}: build one with {this}"
+    command = f"{build} SOURCE {place}"
     remedy = f"{missing}: build it with `{command} --split {split}`"
     if split == "val" and (out / "train" / MANIFEST).exists():
         remedy += f"; without validation images, build both with `{command} --val-fraction 0.2 --overwrite`"

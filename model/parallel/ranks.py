@@ -31,7 +31,6 @@ from base.files import Inherited
 from base.machine import STOP_SIGNALS, keep_freed_memory
 
 GRACE = 5  # seconds after a signal in which another one is ignored
-AGAIN = f"another Ctrl-C, after {GRACE} s, ends it unsaved"
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
@@ -334,6 +333,6 @@ class StopRequest:
         if not self.requested:
             self.requested, self._since = True, time.monotonic()
             if self.say:  # print may be what was interrupted
-                os.write(
-                    2, f"\nstopping: this step or validation ends, then the run is saved; {AGAIN}\n".encode()
-                )
+                line = "stopping: this step or validation ends, then the run is saved; "
+                line += f"another Ctrl-C, after {GRACE} s, ends it unsaved"
+                os.write(2, f"\n{line}\n".encode())

@@ -65,7 +65,8 @@ class Job:
         """Whether the run has reached its target, or is too slow to win its race."""
         if self.race is None:
             return False
-        return self.reached() is not None or len(epoch_errors(self.out)) >= self.race.best
+        errors = epoch_errors(self.out)
+        return reaches(errors, self.race.target) is not None or len(errors) >= self.race.best
 
     def finish(self, result: dict[str, Any]) -> None:
         """Keep the result, which other runs of the race compare themselves with."""
