@@ -28,7 +28,7 @@ def triton_kernels(device: torch.device) -> ModuleType | None:
     try:
         from model import triton_kernels
 
-        triton_kernels.lrn_forward(torch.ones(1, 5, device=device), 5, 1e-4, 2.0)
+        triton_kernels.lrn_forward(torch.ones(1, 5, device=device), 5, 1e-4, 2.0, 0.0)
     except Exception as error:  # Triton, the compiler and the driver raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"LRN and dropout use torch's operators, which are slower: {reason}", stacklevel=2)

@@ -1,4 +1,4 @@
-"""Triton kernels for NVIDIA GPUs: LRN forward and backward, and keyed dropout.
+"""Triton kernels for NVIDIA GPUs: LRN (with the ReLU before it) forward and backward, and keyed dropout.
 
 Each kernel reads its inputs from memory once, writes its output once and stores nothing else. Import this module
 through `model.kernels`, since Triton is optional.
@@ -33,45 +33,55 @@ def _load(pointer, offset, c, inside, d: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _bracket(x_ptr, offset, c, inside, d: tl.constexpr, alpha, k, C: tl.constexpr, HALF: tl.constexpr):
-    """k + alpha * the sum of squares around the channel `d` away; neighbours come from the cache."""
+def _activation(x_ptr, offset, c, inside, d: tl.constexpr, floor, C: tl.constexpr):
+    """The activation `d` channels away, max(x, floor); NaN stays NaN."""
     x = _load(x_ptr, offset, c, inside, d, C)
+    return tl.where(x < floor, floor, x)
+
+
+@triton.jit
+def _bracket(x_ptr, offset, c, inside, d: tl.constexpr, alpha, k, floor, C: tl.constexpr, HALF: tl.constexpr):
+    """k + alpha * the sum of squares around the channel `d` away; neighbours come from the cache."""
+    x = _activation(x_ptr, offset, c, inside, d, floor, C)
     total = x * x
     for j in tl.static_range(1, HALF + 1):
-        below, above = _load(x_ptr, offset, c, inside, d - j, C), _load(x_ptr, offset, c, inside, d + j, C)
+        below = _activation(x_ptr, offset, c, inside, d - j, floor, C)
+        above = _activation(x_ptr, offset, c, inside, d + j, floor, C)
         total += below * below + above * above
     return k + alpha * total
 
 
 @triton.jit
-def _lrn_forward(x_ptr, y_ptr, numel, alpha, k, C: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _lrn_forward(
+    x_ptr, y_ptr, numel, alpha, k, floor, C: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+):
     start, offset, inside = _place(numel, BLOCK)
     c = ((start % C).to(tl.int32) + offset) % C
     x_ptr += start
-    root = tl.rsqrt(_bracket(x_ptr, offset, c, inside, 0, alpha, k, C, HALF))
-    y = _load(x_ptr, offset, c, inside, 0, C) * (root * tl.sqrt(root))
+    root = tl.rsqrt(_bracket(x_ptr, offset, c, inside, 0, alpha, k, floor, C, HALF))
+    y = _activation(x_ptr, offset, c, inside, 0, floor, C) * (root * tl.sqrt(root))
     tl.store(y_ptr + start + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _lrn_backward(
-    x_ptr, g_ptr, out_ptr, numel, alpha, k, C: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, g_ptr, out_ptr, numel, alpha, k, floor, C: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
 ):
     """With s = k + alpha * sum: g s^-0.75 - 1.5 alpha x window_sum(g x s^-1.75)."""
     start, offset, inside = _place(numel, BLOCK)
     c = ((start % C).to(tl.int32) + offset) % C
     x_ptr += start
     g_ptr += start
-    root = tl.rsqrt(_bracket(x_ptr, offset, c, inside, 0, alpha, k, C, HALF))
-    x = _load(x_ptr, offset, c, inside, 0, C)
+    root = tl.rsqrt(_bracket(x_ptr, offset, c, inside, 0, alpha, k, floor, C, HALF))
+    x = _activation(x_ptr, offset, c, inside, 0, floor, C)
     own = _load(g_ptr, offset, c, inside, 0, C) * (root * tl.sqrt(root))
     total = own * x * (root * root)
     for d in tl.static_range(-HALF, HALF + 1):
         if d != 0:
-            root = tl.rsqrt(_bracket(x_ptr, offset, c, inside, d, alpha, k, C, HALF))
+            root = tl.rsqrt(_bracket(x_ptr, offset, c, inside, d, alpha, k, floor, C, HALF))
             there = _load(g_ptr, offset, c, inside, d, C) * (root * tl.sqrt(root))
-            total += there * _load(x_ptr, offset, c, inside, d, C) * (root * root)
-    out = own - 1.5 * alpha * x * total
+            total += there * _activation(x_ptr, offset, c, inside, d, floor, C) * (root * root)
+    out = tl.where(x <= floor, 0.0, own - 1.5 * alpha * x * total)
     tl.store(out_ptr + start + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -129,17 +139,18 @@ def _launch(kernel: Any, block: int, x: Tensor, *arguments: Any) -> None:
             kernel[(triton.cdiv(x.numel(), block),)](x, *arguments, block)
 
 
-def lrn_forward(rows: Tensor, size: int, alpha: float, k: float) -> Tensor:
-    """LRN with beta 0.75 over the last dimension of a contiguous tensor of one of DTYPES."""
+def lrn_forward(rows: Tensor, size: int, alpha: float, k: float, floor: float) -> Tensor:
+    """LRN with beta 0.75 of max(rows, floor) over the last dimension of a contiguous tensor of one of DTYPES."""
     y = torch.empty_like(rows)
-    _launch(_lrn_forward, 1024, rows, y, rows.numel(), alpha, k, rows.shape[-1], size // 2)
+    _launch(_lrn_forward, 1024, rows, y, rows.numel(), alpha, k, floor, rows.shape[-1], size // 2)
     return y
 
 
-def lrn_backward(rows: Tensor, grad: Tensor, size: int, alpha: float, k: float) -> Tensor:
+def lrn_backward(rows: Tensor, grad: Tensor, size: int, alpha: float, k: float, floor: float) -> Tensor:
     """The gradient of `lrn_forward`; `grad` has the shape and type of `rows`."""
     out = torch.empty_like(rows)
-    _launch(_lrn_backward, 512, rows, grad, out, rows.numel(), alpha, k, rows.shape[-1], size // 2)
+    constants = (alpha, k, floor, rows.shape[-1], size // 2)
+    _launch(_lrn_backward, 512, rows, grad, out, rows.numel(), *constants)
     return out
 
 

@@ -1,5 +1,6 @@
 // Local response normalisation over rows of contiguous channels. The build defines SIZE, the window.
 //
+// It normalises the activations max(x, floor): with a floor of 0, those of a ReLU; with minus infinity, x itself.
 // The backward pass recomputes the window sums from the activations, which is cheaper than storing and loading them.
 // Each pixel is a row of contiguous channels. A tile of rows stays in the first-level cache while simple loops, which
 // compilers vectorise, process it.
@@ -41,18 +42,24 @@ inline float scale(const float* squares, float alpha, float k) {
     return std::min(k + alpha * window_sum(squares), 1e36f);
 }
 
-// Squares the values of a tile of rows. Rows of `squares` have HALF more values on either side.
+// NaN stays NaN.
+inline float activation(float x, float floor) { return x < floor ? floor : x; }
+
+// Squares the activations of a tile of rows. Rows of `squares` have HALF more values on either side.
 template <class T>
-void square(const T* rows, float* squares, int64_t count, int channels) {
+void square(const T* rows, float* squares, int64_t count, int channels, float floor) {
     for (int64_t row = 0; row < count; ++row) {
         const T* a = rows + row * channels;
         float* q = squares + row * (channels + 2 * HALF) + HALF;
-        for (int c = 0; c < channels; ++c) q[c] = load(a[c]) * load(a[c]);
+        for (int c = 0; c < channels; ++c) {
+            const float v = activation(load(a[c]), floor);
+            q[c] = v * v;
+        }
     }
 }
 
 template <class T>
-void forward(const T* x, T* y, int64_t rows, int channels, float alpha, float k, int threads) {
+void forward(const T* x, T* y, int64_t rows, int channels, float alpha, float k, float floor, int threads) {
     const int64_t tile = std::max(1, TILE_VALUES / channels);
     const int padded = channels + 2 * HALF;
 #pragma omp parallel num_threads(threads)
@@ -61,20 +68,22 @@ void forward(const T* x, T* y, int64_t rows, int channels, float alpha, float k,
 #pragma omp for
         for (int64_t first = 0; first < rows; first += tile) {
             const int64_t count = std::min(tile, rows - first);
-            square(x + first * channels, squares.data(), count, channels);
+            square(x + first * channels, squares.data(), count, channels, floor);
             for (int64_t row = 0; row < count; ++row) {
                 const T* a = x + (first + row) * channels;
                 T* b = y + (first + row) * channels;
                 const float* q = &squares[row * padded];
 #pragma omp simd
-                for (int c = 0; c < channels; ++c) store(b + c, load(a[c]) * power(scale(q + c, alpha, k)));
+                for (int c = 0; c < channels; ++c)
+                    store(b + c, activation(load(a[c]), floor) * power(scale(q + c, alpha, k)));
             }
         }
     }
 }
 
 template <class T>
-void backward(const T* x, const T* gy, T* gx, int64_t rows, int channels, float alpha, float k, int threads) {
+void backward(
+    const T* x, const T* gy, T* gx, int64_t rows, int channels, float alpha, float k, float floor, int threads) {
     const int64_t tile = std::max(1, TILE_VALUES / channels);
     const int padded = channels + 2 * HALF;
 #pragma omp parallel num_threads(threads)
@@ -83,7 +92,7 @@ void backward(const T* x, const T* gy, T* gx, int64_t rows, int channels, float 
 #pragma omp for
         for (int64_t first = 0; first < rows; first += tile) {
             const int64_t count = std::min(tile, rows - first);
-            square(x + first * channels, squares.data(), count, channels);
+            square(x + first * channels, squares.data(), count, channels, floor);
             for (int64_t row = 0; row < count; ++row) {
                 const T *a = x + (first + row) * channels, *g = gy + (first + row) * channels;
                 const float* q = &squares[row * padded];
@@ -93,7 +102,7 @@ void backward(const T* x, const T* gy, T* gx, int64_t rows, int channels, float 
                     const float s = scale(q + c, alpha, k);
                     const float through = load(g[c]) * power(s);
                     d[c] = through;
-                    w[c] = through * load(a[c]) / s;
+                    w[c] = through * activation(load(a[c]), floor) / s;
                 }
             }
             for (int64_t row = 0; row < count; ++row) {
@@ -101,8 +110,11 @@ void backward(const T* x, const T* gy, T* gx, int64_t rows, int channels, float 
                 T* out = gx + (first + row) * channels;
                 const float *d = &own[row * channels], *w = &shared[row * padded];
 #pragma omp simd
-                for (int c = 0; c < channels; ++c)
-                    store(out + c, d[c] - 1.5f * alpha * load(a[c]) * window_sum(w + c));
+                for (int c = 0; c < channels; ++c) {
+                    const float v = load(a[c]);
+                    const float gradient = d[c] - 1.5f * alpha * v * window_sum(w + c);
+                    store(out + c, v <= floor ? 0.0f : gradient);
+                }
             }
         }
     }
@@ -113,22 +125,24 @@ void backward(const T* x, const T* gy, T* gx, int64_t rows, int channels, float 
 extern "C" {
 
 void forward_float32(
-    const float* x, float* y, int64_t rows, int channels, float alpha, float k, int threads) {
-    forward(x, y, rows, channels, alpha, k, threads);
+    const float* x, float* y, int64_t rows, int channels, float alpha, float k, float floor,
+    int threads) {
+    forward(x, y, rows, channels, alpha, k, floor, threads);
 }
 void forward_bfloat16(
-    const uint16_t* x, uint16_t* y, int64_t rows, int channels, float alpha, float k, int threads) {
-    forward(x, y, rows, channels, alpha, k, threads);
+    const uint16_t* x, uint16_t* y, int64_t rows, int channels, float alpha, float k, float floor,
+    int threads) {
+    forward(x, y, rows, channels, alpha, k, floor, threads);
 }
 void backward_float32(
     const float* x, const float* gy, float* gx, int64_t rows, int channels, float alpha, float k,
-    int threads) {
-    backward(x, gy, gx, rows, channels, alpha, k, threads);
+    float floor, int threads) {
+    backward(x, gy, gx, rows, channels, alpha, k, floor, threads);
 }
 void backward_bfloat16(
     const uint16_t* x, const uint16_t* gy, uint16_t* gx, int64_t rows, int channels, float alpha, float k,
-    int threads) {
-    backward(x, gy, gx, rows, channels, alpha, k, threads);
+    float floor, int threads) {
+    backward(x, gy, gx, rows, channels, alpha, k, floor, threads);
 }
 
 }  // extern "C"

@@ -1,5 +1,6 @@
 """The network against references that use only torch's functions, torchvision, and the paper's numbers."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from base.errors import ModelError
 from model.alexnet import AlexNet
 from model.dropout import KeyedDropout
+from model.lrn import LRN
 from tools.bench.reference import import_torchvision
 
 
@@ -131,7 +133,34 @@ def test_switches(options: dict[str, Any], difference: int) -> None:
     assert net(images(1)).shape == (1, 1000)
     kinds = str(net)
     assert ("LRN" in kinds) == options.get("lrn", True)
+    assert ("relu=True" in kinds) == (options.get("lrn", True) and "activation" not in options)
     assert {"relu": "ReLU", "tanh": "Tanh", "sigmoid": "Sigmoid"}[options.get("activation", "relu")] in kinds
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lrn": False}, {"activation": "tanh"}, {"variant": "bn"}, {"variant": "owt"}]
+)
+def test_layers_computed_together_or_in_another_order_give_the_papers_order(options: dict[str, Any]) -> None:
+    """Logits and gradients equal bit for bit those of separate layers: convolution, activation, LRN, pooling."""
+    torch.manual_seed(0)
+    net = AlexNet(5, image_size=96, **options).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.set_position(1, 0)
+    x, plain, layers = images(2, 96) * 50, copy.deepcopy(net), []
+    activation = nn.Tanh() if options.get("activation") == "tanh" else nn.ReLU()
+    for layer in plain.features:
+        if not isinstance(layer, type(activation)):
+            layers.append(layer)
+        if isinstance(layer, nn.BatchNorm2d if options.get("variant") == "bn" else nn.Conv2d):
+            layers.append(activation)
+        if isinstance(layer, LRN):
+            layer.relu = False
+    plain.features = nn.Sequential(*layers)
+    logits, expected = net(x), plain(x)
+    assert torch.equal(logits, expected)
+    for out in (logits, expected):
+        F.cross_entropy(out, torch.tensor([0, 1])).backward()
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        assert ours.grad.abs().max() > 0 and torch.equal(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(63, 4), (227, 4), (32, 1), (28, 1), (24, 1)])

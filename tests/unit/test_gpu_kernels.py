@@ -61,16 +61,17 @@ def noise(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
 # float16 has 11 significant bits: rounding once changes a result by at most 2**-11 of it
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.float16, 2**-11)])
 @pytest.mark.parametrize(("channels", "size"), [(1, 5), (2, 5), (3, 5), (5, 3), (16, 1), (96, 5), (260, 5)])
+@pytest.mark.parametrize("relu", [False, True])
 def test_lrn_is_the_formula(
-    on_the_cpu: ModuleType, channels: int, size: int, dtype: torch.dtype, rounding: float
+    on_the_cpu: ModuleType, channels: int, size: int, dtype: torch.dtype, rounding: float, relu: bool
 ) -> None:
     x = noise(2, channels, 3, 1, spread=30).to(dtype).contiguous(memory_format=torch.channels_last)
     grad = noise(2, channels, 3, 1, seed=1).to(dtype)  # not channels-last
     wide = x.double().requires_grad_()
-    exact = local_response_norm(wide, size, 1e-3, 0.75, 2.0, "eager")
+    exact = local_response_norm(wide.relu() if relu else wide, size, 1e-3, 0.75, 2.0, "eager")
     (exact_grad,) = torch.autograd.grad(exact, wide, grad.double())
     x.requires_grad_()
-    y = local_response_norm(x, size, 1e-3, 0.75, 2.0, "triton")
+    y = local_response_norm(x, size, 1e-3, 0.75, 2.0, "triton", relu)
     (x_grad,) = torch.autograd.grad(y, x, grad)
     for found, expected in ((y, exact), (x_grad, exact_grad)):
         assert found.dtype == dtype and found.stride() == x.stride()
@@ -167,7 +168,7 @@ KERNELS: dict[str, dict[str, int]] = {
     "_lrn_backward": {"C": 256, "HALF": 2, "BLOCK": 512},
     "_dropout": {"UNITS": 4096, "PARTS": 1, "BLOCK": 1024},
 }
-FLOATS = {"alpha", "k", "scale"}
+FLOATS = {"alpha", "k", "floor", "scale"}
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -113,6 +113,25 @@ def test_nan_stays_and_the_largest_values_do_no_harm(backend: str) -> None:
     assert y[0, :, 0, 1].isfinite().all()
 
 
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 3, 96, 700])
+def test_with_relu_it_is_bit_for_bit_that_of_torchs_relu(
+    backend: str, dtype: torch.dtype, channels: int
+) -> None:
+    """Including the gradient at 0 and at NaN."""
+    x, grad = activations(2, channels, 3, 5, dtype=dtype), activations(2, channels, 3, 5, dtype=dtype)
+    x[0, 0, 0, :2] = torch.tensor([0.0, torch.nan])
+    results = []
+    for relu in (True, False):
+        given = x.clone().requires_grad_()
+        y = local_response_norm(given if relu else given.relu(), alpha=1e-3, backend=backend, relu=relu)
+        results += [(y, *torch.autograd.grad(y, given, grad))]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+    assert results[0][0].isnan().any() and (results[0][1] == 0).any()
+
+
 def test_alpha_is_not_divided_by_the_window() -> None:
     x = activations(2, 16, 4, 4)
     ours = local_response_norm(x, alpha=1e-4)

@@ -107,7 +107,7 @@ def describe(preprocess: Preprocess) -> str:
 
 
 class OnnxLRN(nn.Module):
-    """LRN as ONNX's operator, which unlike the paper divides alpha by size.
+    """LRN as ONNX's operators; theirs, unlike the paper's, divides alpha by size.
 
     https://onnx.ai/onnx/operators/onnx__LRN.html
     """
@@ -120,8 +120,10 @@ class OnnxLRN(nn.Module):
             "beta": lrn.beta,
             "bias": lrn.k,
         }
+        self.relu = lrn.relu
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.relu() if self.relu else x
         return torch.onnx.ops.symbolic("LRN", (x,), self.constants, dtype=x.dtype, shape=x.shape, version=13)
 
 
