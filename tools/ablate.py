@@ -76,7 +76,7 @@ from tools.lib import cli
 @cli.option("--activations", default="relu,tanh", help="Activations for --figure1, comma-separated.")
 @cli.option(
     "--lrs",
-    default="0.004,0.02,0.002,0.04",
+    default="0.01,0.004,0.02,0.002",
     help="Learning rates that --figure1 tries for each activation, comma-separated, the most likely first.",
 )
 @cli.option(
