@@ -275,8 +275,7 @@ class _Builder:
 
     def lrn(self, n: int) -> None:
         if self.with_lrn and f"conv{n}" not in self.dropped:
-            relu = self._pop_relu(n)
-            self.features[f"lrn{n}"] = LRN(relu=relu is not None)
+            self.features[f"lrn{n}"] = LRN(relu=self._pop_relu(n) is not None)
 
     def spatial_lrn(self, n: int) -> None:
         if self.with_lrn:

@@ -92,14 +92,8 @@ class LRN(nn.Module):
         relu: bool = False,
     ) -> None:
         super().__init__()
-        self.size, self.alpha, self.beta, self.k, self.backend, self.relu = (
-            size,
-            alpha,
-            beta,
-            k,
-            backend,
-            relu,
-        )
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        self.backend, self.relu = backend, relu
 
     def forward(self, x: Tensor) -> Tensor:
         return local_response_norm(x, self.size, self.alpha, self.beta, self.k, self.backend, self.relu)

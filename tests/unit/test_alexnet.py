@@ -138,7 +138,16 @@ def test_switches(options: dict[str, Any], difference: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lrn": False}, {"activation": "tanh"}, {"variant": "bn"}, {"variant": "owt"}]
+    "options",
+    [
+        {},
+        {"lrn": False},
+        {"activation": "tanh"},
+        {"variant": "bn"},
+        {"variant": "owt"},
+        {"variant": "cifar-80sec"},
+        {"variant": "cifar-18pct"},
+    ],
 )
 def test_layers_computed_together_or_in_another_order_give_the_papers_order(options: dict[str, Any]) -> None:
     """Logits and gradients equal bit for bit those of separate layers: convolution, activation, LRN, pooling."""

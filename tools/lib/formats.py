@@ -107,7 +107,7 @@ def describe(preprocess: Preprocess) -> str:
 
 
 class OnnxLRN(nn.Module):
-    """LRN as ONNX's operators; theirs, unlike the paper's, divides alpha by size.
+    """LRN, and the ReLU that it may compute, as ONNX's operators. ONNX's LRN divides alpha by size.
 
     https://onnx.ai/onnx/operators/onnx__LRN.html
     """
