@@ -7,8 +7,9 @@
     cifar-18pct   (https://github.com/dnouri/cuda-convnet/tree/master/example-layers)
 
 Inputs are images (N, 3, image_size, image_size) in floating point, outputs are logits (N, num_classes). All layers
-preserve the channels-last memory format, which is the fastest on CPUs and GPUs. A ReLU before LRN or a max pool is
-computed within LRN or after the pool: the results are the same bit for bit, and fewer values pass through memory.
+preserve the channels-last memory format, which is the fastest on CPUs and GPUs. LRN also computes the ReLU before
+it and the max pool after it, and elsewhere a ReLU comes after the max pool: the results are the same bit for bit,
+and fewer values pass through memory.
 """
 
 from collections import OrderedDict
@@ -246,7 +247,7 @@ class _Builder:
         self, variant: str, num_classes: int, image_size: int, dropout: float, options: dict[str, Any]
     ) -> None:
         self.variant, self.num_classes, self.image_size, self.p = variant, num_classes, image_size, dropout
-        self.stride, self.groups, self.pool = options["stride"], options["groups"], options["pool"]
+        self.stride, self.groups, self.pool = options["stride"], options["groups"], tuple(options["pool"])
         self.activation, self.with_lrn = ACTIVATIONS[options["activation"]], options["lrn"]
         self.dropped = options["drop_layers"]
         self.features: dict[str, nn.Module] = {}
@@ -283,7 +284,12 @@ class _Builder:
 
     def max_pool(self, n: int, ceil: bool = False) -> None:
         relu = self._pop_relu(n)
-        self.features[f"pool{n}"] = nn.MaxPool2d(self.pool[0], self.pool[1], ceil_mode=ceil)
+        lrn = self.features.get(f"lrn{n}")
+        if isinstance(lrn, LRN):
+            lrn.pool = self.pool
+            self.features[f"pool{n}"] = nn.Identity()  # its output is still that of the pool
+        else:
+            self.features[f"pool{n}"] = nn.MaxPool2d(self.pool[0], self.pool[1], ceil_mode=ceil)
         if relu:
             self.features[f"act{n}"] = relu
         self._pooled(ceil)

@@ -5,7 +5,7 @@
 `alpha` multiplies the sum, as in the paper; `torch.nn.functional.local_response_norm` divides it by `size`.
 
 The ReLU before it can be computed in the same pass over memory. A training step then reads or writes these maps
-five times instead of ten.
+five times instead of ten. So can the max pool after it; in the native backend, three times are then left.
 
 The formula is cheap, but in torch's operators each term is a pass over memory, which would take four fifths of a
 training step on the CPU. There are three backends with equal results:
@@ -47,6 +47,7 @@ def local_response_norm(
     k: float = 2.0,
     backend: str = "auto",
     relu: bool = False,
+    pool: tuple[int, int] | None = None,
 ) -> Tensor:
     """Normalise each activation by the sum of squares over `size` neighbouring channels (the formula above).
 
@@ -57,9 +58,10 @@ def local_response_norm(
         alpha, beta, k: the constants of the formula; k > 0 avoids divisions by zero.
         backend: "auto", "native", "triton" or "eager" (see the module).
         relu: whether to normalise relu(x) instead of x.
+        pool: kernel size and stride of a max pool of the result, without padding; x must be (N, C, H, W).
 
     Returns:
-        A tensor of the same shape, dtype and memory format, which can be differentiated once.
+        A tensor of the same dtype, memory format and, without `pool`, shape, which can be differentiated once.
 
     Raises:
         ModelError: an invalid option, or a backend that does not support this input on this machine.
@@ -76,7 +78,11 @@ def local_response_norm(
             f"LRN takes a floating-point tensor (N, C, ...), not {x.dtype} with {x.dim()} dimensions"
         )
 
-    return torch.ops.alexnet.lrn(x, size, alpha, beta, k, relu, backend)
+    constants = (size, alpha, beta, k, relu, backend)
+    if pool and _pools_natively(x, pool[0], size, beta, backend):
+        return _LRNPool.apply(x, pool, size, alpha, k, relu)
+    y = torch.ops.alexnet.lrn(x, *constants)
+    return F.max_pool2d(y, *pool) if pool else y
 
 
 class LRN(nn.Module):
@@ -90,18 +96,20 @@ class LRN(nn.Module):
         k: float = 2.0,
         backend: str = "auto",
         relu: bool = False,
+        pool: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
-        self.backend, self.relu = backend, relu
+        self.backend, self.relu, self.pool = backend, relu, pool
 
     def forward(self, x: Tensor) -> Tensor:
-        return local_response_norm(x, self.size, self.alpha, self.beta, self.k, self.backend, self.relu)
+        constants = (self.size, self.alpha, self.beta, self.k)
+        return local_response_norm(x, *constants, self.backend, self.relu, self.pool)
 
     def extra_repr(self) -> str:
         return (
             f"size={self.size}, alpha={self.alpha}, beta={self.beta}, k={self.k}, backend={self.backend!r}, "
-            f"relu={self.relu}"
+            f"relu={self.relu}, pool={self.pool}"
         )
 
 
@@ -204,23 +212,40 @@ def _run(
     relu: bool,
 ) -> Tensor:
     """Run "forward" on [x] or "backward" on [x, grad]; tensors (N, C, ...) and the result are channels-last."""
-    floor = 0.0 if relu else -math.inf  # activations are max(x, floor)
+    floor = _floor(relu)
     rows = [tensor.movedim(1, -1).contiguous() for tensor in inputs]
     if isinstance(kernel, ModuleType):
         run = kernel.lrn_forward if direction == "forward" else kernel.lrn_backward
         return run(*rows, size, alpha, k, floor).movedim(-1, 1)
     out = torch.empty_like(rows[0])
     *leading, channels = out.shape
-    kernel[f"{direction}_{_NATIVE_DTYPES[out.dtype]}"](
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (*rows, out)),
-        ctypes.c_int64(math.prod(leading)),
-        ctypes.c_int(channels),
-        ctypes.c_float(alpha),
-        ctypes.c_float(k),
-        ctypes.c_float(floor),
-        ctypes.c_int(torch.get_num_threads()),
-    )
+    _call(kernel, direction, [*rows, out], [math.prod(leading), channels], alpha, k, floor)
     return out.movedim(-1, 1)
+
+
+def _floor(relu: bool) -> float:
+    """What is normalised is max(x, floor)."""
+    return 0.0 if relu else -math.inf
+
+
+def _call(
+    library: ctypes.CDLL, name: str, tensors: list[Tensor], sizes: list[int], *constants: float
+) -> None:
+    """Call a function of native/lrn.cpp for contiguous tensors, the first of which determines the type."""
+    library[f"{name}_{_NATIVE_DTYPES[tensors[0].dtype]}"](
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        *(ctypes.c_int64(value) for value in sizes),
+        *(ctypes.c_float(value) for value in constants),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+
+
+def _pools_natively(x: Tensor, side: int, size: int, beta: float, backend: str) -> bool:
+    """Whether the native kernel computes the max pool too. torch.compile does not see into it."""
+    fits = x.dim() == 4 and side <= min(_LARGEST_SIDE, *x.shape[2:])
+    if not fits or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return isinstance(_kernel(x, size, beta, backend), ctypes.CDLL)
 
 
 # --- operators of torch's dispatcher -----------------------------------------------------------------------
@@ -269,3 +294,37 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("alexnet::lrn", _differentiate, setup_context=_save)
+
+
+# --- with the max pool, in the native kernel -----------------------------------------------------------------
+
+_LARGEST_SIDE = 16  # of a pool, because the position in a window is stored in 8 bits
+
+
+class _LRNPool(torch.autograd.Function):
+    """LRN and the max pool after it, on the CPU, for x (N, C, H, W) channels-last; returns the same format."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, pool: tuple[int, int], size: int, alpha: float, k: float, relu: bool
+    ) -> Tensor:
+        side, stride = pool
+        shape = (*x.shape[:2], *((length - side) // stride + 1 for length in x.shape[2:]))
+        y, taken = (
+            torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+            for dtype in (x.dtype, torch.uint8)
+        )
+        ctx.sizes, ctx.constants = [len(x), *x.shape[2:], side, stride, x.shape[1]], (alpha, k, _floor(relu))
+        ctx.library = _library(size)
+        ctx.save_for_backward(x, taken)
+        _call(ctx.library, "forward_pooled", [x, y, taken], ctx.sizes, *ctx.constants)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, taken = ctx.saved_tensors
+        out = torch.empty_like(x)
+        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        _call(ctx.library, "backward_pooled", [x, grad, taken, out], ctx.sizes, *ctx.constants)
+        return out, *[None] * 5

@@ -1,11 +1,14 @@
-// Local response normalisation over rows of contiguous channels. The build defines SIZE, the window.
+// Local response normalisation over rows of contiguous channels, and the max pool after it. The build defines SIZE, the
+// window.
 //
 // It normalises the activations max(x, floor): with a floor of 0, those of a ReLU; with minus infinity, x itself.
 // The backward pass recomputes the window sums from the activations, which is cheaper than storing and loading them.
 // Each pixel is a row of contiguous channels. A tile of rows stays in the first-level cache while simple loops, which
-// compilers vectorise, process it.
+// compilers vectorise, process it. With the pool, a thread normalises the lines of one image after the other, and
+// takes the maxima while they are in the cache: the normalised maps and their gradient are never in memory.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -45,60 +48,56 @@ inline float scale(const float* squares, float alpha, float k) {
 // NaN stays NaN.
 inline float activation(float x, float floor) { return x < floor ? floor : x; }
 
-// Squares the activations of a tile of rows. Rows of `squares` have HALF more values on either side.
-template <class T>
-void square(const T* rows, float* squares, int64_t count, int channels, float floor) {
-    for (int64_t row = 0; row < count; ++row) {
-        const T* a = rows + row * channels;
-        float* q = squares + row * (channels + 2 * HALF) + HALF;
-        for (int c = 0; c < channels; ++c) {
-            const float v = activation(load(a[c]), floor);
-            q[c] = v * v;
-        }
-    }
-}
+struct Constants {
+    int64_t channels;
+    float alpha, k, floor;
+};
 
-template <class T>
-void forward(const T* x, T* y, int64_t rows, int channels, float alpha, float k, float floor, int threads) {
-    const int64_t tile = std::max(1, TILE_VALUES / channels);
-    const int padded = channels + 2 * HALF;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> squares(tile * padded);  // the padding on either side of a row stays 0
-#pragma omp for
-        for (int64_t first = 0; first < rows; first += tile) {
-            const int64_t count = std::min(tile, rows - first);
-            square(x + first * channels, squares.data(), count, channels, floor);
+// The formula and its gradient over rows of channels, with the memory that they need.
+class Normaliser {
+public:
+    explicit Normaliser(const Constants& constants)
+        : tile(std::max<int64_t>(1, TILE_VALUES / constants.channels)),
+          constants(constants),
+          padded(constants.channels + 2 * HALF),
+          squares(tile * padded),
+          shared(tile * padded),
+          own(tile * constants.channels) {}
+
+    const int64_t tile;  // rows that are processed together
+
+    template <class T>
+    void forward(const T* x, T* y, int64_t rows) {
+        const int64_t channels = constants.channels;
+        const float alpha = constants.alpha, k = constants.k, floor = constants.floor;
+        for (; rows > 0; rows -= tile, x += tile * channels, y += tile * channels) {
+            const int64_t count = std::min(tile, rows);
+            square(x, count);
             for (int64_t row = 0; row < count; ++row) {
-                const T* a = x + (first + row) * channels;
-                T* b = y + (first + row) * channels;
+                const T* a = x + row * channels;
+                T* b = y + row * channels;
                 const float* q = &squares[row * padded];
 #pragma omp simd
-                for (int c = 0; c < channels; ++c)
+                for (int64_t c = 0; c < channels; ++c)
                     store(b + c, activation(load(a[c]), floor) * power(scale(q + c, alpha, k)));
             }
         }
     }
-}
 
-template <class T>
-void backward(
-    const T* x, const T* gy, T* gx, int64_t rows, int channels, float alpha, float k, float floor, int threads) {
-    const int64_t tile = std::max(1, TILE_VALUES / channels);
-    const int padded = channels + 2 * HALF;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> squares(tile * padded), shared(tile * padded), own(tile * channels);
-#pragma omp for
-        for (int64_t first = 0; first < rows; first += tile) {
-            const int64_t count = std::min(tile, rows - first);
-            square(x + first * channels, squares.data(), count, channels, floor);
+    template <class T, class G>
+    void backward(const T* x, const G* gy, T* gx, int64_t rows) {
+        const int64_t channels = constants.channels;
+        const float alpha = constants.alpha, k = constants.k, floor = constants.floor;
+        for (; rows > 0; rows -= tile, x += tile * channels, gy += tile * channels, gx += tile * channels) {
+            const int64_t count = std::min(tile, rows);
+            square(x, count);
             for (int64_t row = 0; row < count; ++row) {
-                const T *a = x + (first + row) * channels, *g = gy + (first + row) * channels;
+                const T* a = x + row * channels;
+                const G* g = gy + row * channels;
                 const float* q = &squares[row * padded];
                 float *d = &own[row * channels], *w = &shared[row * padded + HALF];
 #pragma omp simd
-                for (int c = 0; c < channels; ++c) {
+                for (int64_t c = 0; c < channels; ++c) {
                     const float s = scale(q + c, alpha, k);
                     const float through = load(g[c]) * power(s);
                     d[c] = through;
@@ -106,15 +105,180 @@ void backward(
                 }
             }
             for (int64_t row = 0; row < count; ++row) {
-                const T* a = x + (first + row) * channels;
-                T* out = gx + (first + row) * channels;
+                const T* a = x + row * channels;
+                T* out = gx + row * channels;
                 const float *d = &own[row * channels], *w = &shared[row * padded];
 #pragma omp simd
-                for (int c = 0; c < channels; ++c) {
+                for (int64_t c = 0; c < channels; ++c) {
                     const float v = load(a[c]);
                     const float gradient = d[c] - 1.5f * alpha * v * window_sum(w + c);
                     store(out + c, v <= floor ? 0.0f : gradient);
                 }
+            }
+        }
+    }
+
+private:
+    template <class T>
+    void square(const T* x, int64_t count) {
+        const int64_t channels = constants.channels;
+        const float floor = constants.floor;
+        for (int64_t row = 0; row < count; ++row) {
+            const T* a = x + row * channels;
+            float* q = &squares[row * padded + HALF];
+            for (int64_t c = 0; c < channels; ++c) {
+                const float v = activation(load(a[c]), floor);
+                q[c] = v * v;
+            }
+        }
+    }
+
+    const Constants constants;
+    const int64_t padded;
+    std::vector<float> squares, shared;  // rows with HALF more values on either side, which stay 0
+    std::vector<float> own;
+};
+
+template <class T>
+void forward(const T* x, T* y, int64_t rows, const Constants& constants, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Normaliser lrn(constants);
+#pragma omp for
+        for (int64_t first = 0; first < rows; first += lrn.tile) {
+            const int64_t offset = first * constants.channels;
+            lrn.forward(x + offset, y + offset, std::min(lrn.tile, rows - first));
+        }
+    }
+}
+
+template <class T>
+void backward(const T* x, const T* gy, T* gx, int64_t rows, const Constants& constants, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Normaliser lrn(constants);
+#pragma omp for
+        for (int64_t first = 0; first < rows; first += lrn.tile) {
+            const int64_t offset = first * constants.channels;
+            lrn.backward(x + offset, gy + offset, gx + offset, std::min(lrn.tile, rows - first));
+        }
+    }
+}
+
+// --- with the max pool -----------------------------------------------------------------------------------------
+
+// A max pool without padding: windows of side x side pixels at every stride-th pixel.
+struct Pool {
+    int64_t height, width;  // of the maps before the pool
+    int64_t side, stride;
+
+    int64_t pooled_height() const { return (height - side) / stride + 1; }
+    int64_t pooled_width() const { return (width - side) / stride + 1; }
+};
+
+// An integer with the order of the value, NaN above all: bfloat16 is compared in 16 bits, twice as many at a time.
+inline int32_t ordered(float value) {
+    int32_t bits;
+    value = value != value ? NAN : value + 0.0f;  // -0 becomes 0
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+inline int16_t ordered(uint16_t half) { return ordered(load(half)) >> 16; }
+inline void restore(float* value, int32_t key) {
+    key ^= key >> 31 & 0x7fffffff;
+    std::memcpy(value, &key, sizeof key);
+}
+inline void restore(uint16_t* half, int16_t key) { *half = key ^ (key >> 15 & 0x7fff); }
+
+// Stores the largest of the pixels of a window in y, and in `taken` its position in the window, side * row + column,
+// the first of equal ones. `rows` are the window's first pixels in its `side` rows.
+template <class Key, class T>
+void largest(const Key* const* rows, const Pool& pool, int64_t channels, T* y, uint8_t* taken) {
+    constexpr int64_t BLOCK = 64 / sizeof(Key);  // channels in a vector register
+    for (int64_t first = 0; first < channels; first += BLOCK) {
+        Key best[BLOCK], position[BLOCK];
+        int tap = 0;
+        for (int64_t row = 0; row < pool.side; ++row) {
+            const Key* pixel = rows[row] + first;
+            for (int64_t column = 0; column < pool.side; ++column, ++tap, pixel += channels)
+#pragma omp simd
+                for (int c = 0; c < BLOCK; ++c) {
+                    const bool larger = !tap || pixel[c] > best[c];
+                    best[c] = larger ? pixel[c] : best[c];
+                    position[c] = larger ? tap : position[c];
+                }
+        }
+        for (int64_t c = 0; c < std::min(BLOCK, channels - first); ++c) {
+            restore(y + first + c, best[c]);
+            taken[first + c] = position[c];
+        }
+    }
+}
+
+template <class T>
+void forward_pooled(
+    const T* x, T* y, uint8_t* taken, int64_t images, const Pool& pool, const Constants& constants, int threads) {
+    using Key = decltype(ordered(T()));
+    const int64_t channels = constants.channels, line = pool.width * channels;
+    const int64_t height = pool.pooled_height(), width = pool.pooled_width();
+#pragma omp parallel num_threads(threads)
+    {
+        Normaliser lrn(constants);
+        std::vector<T> normalised(line);
+        // line h is at h % side; `largest` reads up to 64 bytes beyond the last one
+        std::vector<Key> lines(pool.side * line + 64 / sizeof(Key));
+        std::vector<const Key*> rows(pool.side);
+#pragma omp for
+        for (int64_t image = 0; image < images; ++image) {
+            int64_t h = 0;
+            for (int64_t top = 0; top < height; ++top) {
+                for (h = std::max(h, top * pool.stride); h < top * pool.stride + pool.side; ++h) {
+                    lrn.forward(x + (image * pool.height + h) * line, normalised.data(), pool.width);
+                    Key* keys = &lines[h % pool.side * line];
+                    for (int64_t i = 0; i < line; ++i) keys[i] = ordered(normalised[i]);
+                }
+                for (int64_t left = 0; left < width; ++left) {
+                    for (int64_t row = 0; row < pool.side; ++row)
+                        rows[row] =
+                            &lines[(top * pool.stride + row) % pool.side * line + left * pool.stride * channels];
+                    const int64_t to = ((image * height + top) * width + left) * channels;
+                    largest(rows.data(), pool, channels, y + to, taken + to);
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void backward_pooled(
+    const T* x, const T* gy, const uint8_t* taken, T* gx, int64_t images, const Pool& pool,
+    const Constants& constants, int threads) {
+    const int64_t channels = constants.channels, line = pool.width * channels;
+    const int64_t height = pool.pooled_height(), width = pool.pooled_width();
+#pragma omp parallel num_threads(threads)
+    {
+        Normaliser lrn(constants);
+        std::vector<float> gradient(line);  // of a line of the normalised maps
+#pragma omp for
+        for (int64_t image = 0; image < images; ++image) {
+            for (int64_t h = 0; h < pool.height; ++h) {
+                std::fill(gradient.begin(), gradient.end(), 0.0f);
+                for (int64_t top = 0; top < height; ++top) {
+                    const int64_t row = h - top * pool.stride;  // of the windows at `top`
+                    if (row < 0 || row >= pool.side) continue;
+                    for (int64_t left = 0; left < width; ++left) {
+                        const int64_t from = ((image * height + top) * width + left) * channels;
+                        for (int64_t column = 0; column < pool.side; ++column) {
+                            const int tap = row * pool.side + column;
+                            float* pixel = &gradient[(left * pool.stride + column) * channels];
+#pragma omp simd
+                            for (int64_t c = 0; c < channels; ++c)
+                                pixel[c] += taken[from + c] == tap ? load(gy[from + c]) : 0.0f;
+                        }
+                    }
+                }
+                const int64_t offset = (image * pool.height + h) * line;
+                lrn.backward(x + offset, gradient.data(), gx + offset, pool.width);
             }
         }
     }
@@ -124,25 +288,30 @@ void backward(
 
 extern "C" {
 
-void forward_float32(
-    const float* x, float* y, int64_t rows, int channels, float alpha, float k, float floor,
-    int threads) {
-    forward(x, y, rows, channels, alpha, k, floor, threads);
-}
-void forward_bfloat16(
-    const uint16_t* x, uint16_t* y, int64_t rows, int channels, float alpha, float k, float floor,
-    int threads) {
-    forward(x, y, rows, channels, alpha, k, floor, threads);
-}
-void backward_float32(
-    const float* x, const float* gy, float* gx, int64_t rows, int channels, float alpha, float k,
-    float floor, int threads) {
-    backward(x, gy, gx, rows, channels, alpha, k, floor, threads);
-}
-void backward_bfloat16(
-    const uint16_t* x, const uint16_t* gy, uint16_t* gx, int64_t rows, int channels, float alpha, float k,
-    float floor, int threads) {
-    backward(x, gy, gx, rows, channels, alpha, k, floor, threads);
-}
+#define FUNCTIONS(TYPE, T)                                                                                         \
+    void forward_##TYPE(                                                                                           \
+        const T* x, T* y, int64_t rows, int64_t channels, float alpha, float k, float floor, int64_t threads) {    \
+        forward(x, y, rows, {channels, alpha, k, floor}, threads);                                                 \
+    }                                                                                                              \
+    void backward_##TYPE(                                                                                          \
+        const T* x, const T* gy, T* gx, int64_t rows, int64_t channels, float alpha, float k, float floor,         \
+        int64_t threads) {                                                                                         \
+        backward(x, gy, gx, rows, {channels, alpha, k, floor}, threads);                                           \
+    }                                                                                                              \
+    void forward_pooled_##TYPE(                                                                                    \
+        const T* x, T* y, uint8_t* taken, int64_t images, int64_t height, int64_t width, int64_t side,             \
+        int64_t stride, int64_t channels, float alpha, float k, float floor, int64_t threads) {                    \
+        forward_pooled(                                                                                            \
+            x, y, taken, images, {height, width, side, stride}, {channels, alpha, k, floor}, threads);             \
+    }                                                                                                              \
+    void backward_pooled_##TYPE(                                                                                   \
+        const T* x, const T* gy, const uint8_t* taken, T* gx, int64_t images, int64_t height, int64_t width,       \
+        int64_t side, int64_t stride, int64_t channels, float alpha, float k, float floor, int64_t threads) {      \
+        backward_pooled(                                                                                           \
+            x, gy, taken, gx, images, {height, width, side, stride}, {channels, alpha, k, floor}, threads);        \
+    }
+
+FUNCTIONS(float32, float)
+FUNCTIONS(bfloat16, uint16_t)
 
 }  // extern "C"

@@ -161,8 +161,9 @@ def test_layers_computed_together_or_in_another_order_give_the_papers_order(opti
             layers.append(layer)
         if isinstance(layer, nn.BatchNorm2d if options.get("variant") == "bn" else nn.Conv2d):
             layers.append(activation)
-        if isinstance(layer, LRN):
-            layer.relu = False
+        if isinstance(layer, LRN) and layer.pool:
+            layers.append(nn.MaxPool2d(*layer.pool))
+            layer.relu, layer.pool = False, None
     plain.features = nn.Sequential(*layers)
     logits, expected = net(x), plain(x)
     assert torch.equal(logits, expected)

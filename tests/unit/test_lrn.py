@@ -132,6 +132,41 @@ def test_with_relu_it_is_bit_for_bit_that_of_torchs_relu(
     assert results[0][0].isnan().any() and (results[0][1] == 0).any()
 
 
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pool", [(3, 2), (2, 2), (3, 1), (2, 3), (1, 1), (7, 5), (17, 1)])
+@pytest.mark.parametrize(("channels", "relu"), [(1, False), (33, True), (64, False), (96, True)])
+def test_with_the_max_pool_it_is_bit_for_bit_torchs(
+    backend: str, dtype: torch.dtype, pool: tuple[int, int], channels: int, relu: bool
+) -> None:
+    """With many equal values, of which the first is the maximum. Lines and columns at the end are in no window."""
+    x = activations(2, channels, 18, 19, dtype=dtype, spread=3).round().requires_grad_()
+    outputs: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    for together in (True, False):
+        options: dict[str, Any] = {"alpha": 1e-2, "backend": backend, "relu": relu}
+        y = local_response_norm(x, pool=pool if together else None, **options)
+        y = y if together else F.max_pool2d(y, *pool)
+        outputs.append(y)
+        # small integers, whose sums bfloat16 holds exactly
+        weight = torch.randint(-4, 5, y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        gradients += torch.autograd.grad(y, x, weight)
+    assert torch.equal(*outputs) and torch.equal(*gradients) and gradients[0].any()
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (outputs[0], gradients[0]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [3, 40])
+def test_the_max_pool_keeps_nan_and_infinities(channels: int) -> None:
+    x = activations(1, channels, 9, 9)
+    x[0, 0, 0, 0], x[0, 0, 8, 8], x[0, 1, 4, 4] = -torch.nan, torch.nan, torch.inf
+    for dtype in (torch.float32, torch.bfloat16):
+        y = local_response_norm(x.to(dtype), backend="native", pool=(3, 2))
+        expected = F.max_pool2d(local_response_norm(x.to(dtype), backend="native"), 3, 2)
+        assert expected.isnan().any() and expected.isinf().any()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_alpha_is_not_divided_by_the_window() -> None:
     x = activations(2, 16, 4, 4)
     ours = local_response_norm(x, alpha=1e-4)

@@ -90,7 +90,7 @@ def test_the_defaults_are_the_papers_network() -> None:
     [
         ({"drop_layers": ("conv2",)}, {"conv2", "lrn2"}, set()),
         ({"drop_layers": ("conv5", "conv3")}, {"conv3", "act3", "conv5", "act5"}, set()),
-        ({"lrn": False}, {"lrn1", "lrn2"}, {"act1", "act2"}),  # LRN computes the ReLU before it too
+        ({"lrn": False}, {"lrn1", "lrn2"}, {"act1", "act2"}),  # LRN computes the ReLU and the pool
         ({"activation": "tanh"}, set(), {"act1", "act2"}),
         ({"groups": 1}, set(), set()),
         ({"pool": (2, 2)}, set(), set()),
@@ -106,9 +106,11 @@ def test_each_switch_changes_exactly_what_it_should(
     expected = {
         "activation": {"lrn1", "lrn2", "act3", "act4", "act5"},
         "groups": {"conv2", "conv4", "conv5"},
-        "pool": {"pool1", "pool2", "pool5"},
+        "pool": {"lrn1", "lrn2", "pool5"},
+        "lrn": {"pool1", "pool2"},
     }
-    neighbours = {("conv2",): {"conv3"}, ("conv5", "conv3"): {"conv4"}}  # have other input channels
+    # conv3 and conv4 have other input channels, and pool2 is no longer computed by LRN
+    neighbours = {("conv2",): {"conv3", "pool2"}, ("conv5", "conv3"): {"conv4"}}
     key = next(iter(options))
     assert different == expected.get(key, neighbours.get(options.get("drop_layers", ()), set()))
     again = AlexNet(5, image_size=96, **json.loads(json.dumps(changed.options)))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import DataError, ModelError
@@ -107,7 +108,7 @@ def describe(preprocess: Preprocess) -> str:
 
 
 class OnnxLRN(nn.Module):
-    """LRN, and the ReLU that it may compute, as ONNX's operators. ONNX's LRN divides alpha by size.
+    """LRN, and the ReLU and max pool that it may compute, as ONNX's operators. ONNX's LRN divides alpha by size.
 
     https://onnx.ai/onnx/operators/onnx__LRN.html
     """
@@ -120,11 +121,12 @@ class OnnxLRN(nn.Module):
             "beta": lrn.beta,
             "bias": lrn.k,
         }
-        self.relu = lrn.relu
+        self.relu, self.pool = lrn.relu, lrn.pool
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.relu() if self.relu else x
-        return torch.onnx.ops.symbolic("LRN", (x,), self.constants, dtype=x.dtype, shape=x.shape, version=13)
+        y = torch.onnx.ops.symbolic("LRN", (x,), self.constants, dtype=x.dtype, shape=x.shape, version=13)
+        return F.max_pool2d(y, *self.pool) if self.pool else y
 
 
 def to_onnx(run: Run, path: Path) -> str:
