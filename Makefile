@@ -83,4 +83,4 @@ gpu: install
 	@mkdir -p build
 	$(BIN)/python -m pytest -q -m gpu -rfE --tb=short > build/gpu-tests.txt 2>&1; failed=$$?; cat build/gpu-tests.txt; \
 	$(BIN)/python tools/benchmark.py $(if $(DATA),'$(DATA)') --rounds 1 --json build/gpu.json \
-	  $(foreach stage,lrn step load train ranks,--stage $(stage)) --issue build/gpu-tests.txt && exit $$failed
+	  $(foreach stage,lrn step layers load train ranks,--stage $(stage)) --issue build/gpu-tests.txt && exit $$failed

@@ -8,7 +8,7 @@ import click
 
 from tools.lib import cli
 
-STAGES = ("build", "read", "load", "lrn", "step", "train", "ranks", "scale", "peers")
+STAGES = ("build", "read", "load", "lrn", "step", "layers", "train", "ranks", "scale", "peers")
 LONG = ("scale", "peers")  # only on request: 240,000 images (5 GB); loaders from another environment
 
 

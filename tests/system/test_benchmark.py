@@ -22,7 +22,9 @@ from tools.benchmark import main
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("stages", [("build", "read", "load"), ("lrn", "step", "train")], ids=" ".join)
+@pytest.mark.parametrize(
+    "stages", [("build", "read", "load"), ("lrn", "step", "layers", "train")], ids=" ".join
+)
 def test_each_stage_gives_its_rows(class_folders: Path, tmp_path: Path, stages: tuple[str, ...]) -> None:
     rows, done = measure(class_folders, tmp_path / "rows.json", *stages)
     assert [row["stage"] for row in rows] == sorted((row["stage"] for row in rows), key=stages.index)

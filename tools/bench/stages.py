@@ -17,6 +17,7 @@ from tqdm import tqdm
 from base.machine import cpu_threads, keep_freed_memory
 from tools.bench.build import bench_build
 from tools.bench.core import Bench, Row, table
+from tools.bench.layers import bench_layers
 from tools.bench.load import bench_load, bench_read, bench_scale
 from tools.bench.peers import bench_peers
 from tools.bench.ranks import bench_ranks
@@ -30,6 +31,7 @@ STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "load": bench_load,
     "lrn": bench_lrn,
     "step": bench_step,
+    "layers": bench_layers,
     "train": bench_train,
     "ranks": bench_ranks,
     "scale": bench_scale,
