@@ -302,7 +302,7 @@ def _check_open_files(error: OSError | lmdb.Error, path: Path) -> None:
 
 def _no_data_set(split_dir: Path) -> str:
     """The error message if there is no manifest."""
-    out, split = split_dir.parent, split_dir.name if split_dir.name in ("train", "val") else "train|val"
+    out, split = split_dir.parent, split_dir.name
     build, place = "python tools/build_lmdb.py", quote(str(split_dir.parent))
     this = f"`{build} {place} OUT`, then give OUT"
     if (out / MANIFEST).exists():
@@ -325,8 +325,9 @@ def _no_data_set(split_dir: Path) -> str:
     if archives := [entry for entry in entries if ".tar" in entry.suffixes]:
         return f"{missing}; {out} holds {archives[0].name}: build one with {this}"
     command = f"{build} SOURCE {place}"
-    remedy = f"{missing}: build it with `{command} --split {split}`"
-    if split == "val" and (out / "train" / MANIFEST).exists():
+    built = [name for name in ("train", "val") if (out / name / MANIFEST).exists()]
+    remedy = f"{missing}: build it with `{command}{f' --split {split}' if built else ''}`"
+    if split == "val" and built:
         remedy += f"; without validation images, build both with `{command} --val-fraction 0.2 --overwrite`"
     return remedy
 
