@@ -8,8 +8,8 @@
 
 Inputs are images (N, 3, image_size, image_size) in floating point, outputs are logits (N, num_classes). All layers
 preserve the channels-last memory format, which is the fastest on CPUs and GPUs. LRN also computes the ReLU before
-it and the max pool after it, and elsewhere a ReLU comes after the max pool: the results are the same bit for bit,
-and fewer values pass through memory.
+it and the max pool after it, and elsewhere a ReLU comes after the max pool: fewer values pass through memory, and
+the results are the same bit for bit, except that gradients in bfloat16 are rounded once less.
 """
 
 from collections import OrderedDict
@@ -285,9 +285,9 @@ class _Builder:
     def max_pool(self, n: int, ceil: bool = False) -> None:
         relu = self._pop_relu(n)
         lrn = self.features.get(f"lrn{n}")
-        if isinstance(lrn, LRN):
+        if isinstance(lrn, LRN) and not ceil:
             lrn.pool = self.pool
-            self.features[f"pool{n}"] = nn.Identity()  # its output is still that of the pool
+            self.features[f"pool{n}"] = nn.Identity()  # keeps the name of the pooled maps
         else:
             self.features[f"pool{n}"] = nn.MaxPool2d(self.pool[0], self.pool[1], ceil_mode=ceil)
         if relu:

@@ -5,7 +5,7 @@
 `alpha` multiplies the sum, as in the paper; `torch.nn.functional.local_response_norm` divides it by `size`.
 
 The ReLU before it can be computed in the same pass over memory. A training step then reads or writes these maps
-five times instead of ten. So can the max pool after it; in the native backend, three times are then left.
+five times instead of ten. The native backend also computes the max pool after it, which leaves three.
 
 The formula is cheap, but in torch's operators each term is a pass over memory, which would take four fifths of a
 training step on the CPU. There are three backends with equal results:
@@ -77,10 +77,12 @@ def local_response_norm(
         raise ModelError(
             f"LRN takes a floating-point tensor (N, C, ...), not {x.dtype} with {x.dim()} dimensions"
         )
+    if pool and (x.dim() != 4 or min(pool) < 1 or pool[0] > min(x.shape[2:])):
+        raise ModelError(f"LRN cannot pool {tuple(x.shape)} with kernel size and stride {tuple(pool)}")
 
     constants = (size, alpha, beta, k, relu, backend)
     if pool and _pools_natively(x, pool[0], size, beta, backend):
-        return _LRNPool.apply(x, pool, size, alpha, k, relu)
+        return torch.ops.alexnet.lrn_pool(x, *pool, size, alpha, k, relu)[0]
     y = torch.ops.alexnet.lrn(x, *constants)
     return F.max_pool2d(y, *pool) if pool else y
 
@@ -224,7 +226,7 @@ def _run(
 
 
 def _floor(relu: bool) -> float:
-    """What is normalised is max(x, floor)."""
+    """The lower bound of the activations."""
     return 0.0 if relu else -math.inf
 
 
@@ -241,9 +243,8 @@ def _call(
 
 
 def _pools_natively(x: Tensor, side: int, size: int, beta: float, backend: str) -> bool:
-    """Whether the native kernel computes the max pool too. torch.compile does not see into it."""
-    fits = x.dim() == 4 and side <= min(_LARGEST_SIDE, *x.shape[2:])
-    if not fits or x.device.type != "cpu" or torch.compiler.is_compiling():
+    """Whether the native kernel computes the max pool, too; torch.compile cannot trace this choice."""
+    if side > _LARGEST_SIDE or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return isinstance(_kernel(x, size, beta, backend), ctypes.CDLL)
 
@@ -300,31 +301,64 @@ torch.library.register_autograd("alexnet::lrn", _differentiate, setup_context=_s
 
 _LARGEST_SIDE = 16  # of a pool, because the position in a window is stored in 8 bits
 
+# The second result, uint8, is the position of each maximum in its window.
+_POOL = "int side, int stride, int size, float alpha, float k, bool relu"
+torch.library.define("alexnet::lrn_pool", f"(Tensor x, {_POOL}) -> (Tensor, Tensor)")
+torch.library.define(
+    "alexnet::lrn_pool_backward", f"(Tensor x, Tensor grad, Tensor position, {_POOL}) -> Tensor"
+)
 
-class _LRNPool(torch.autograd.Function):
-    """LRN and the max pool after it, on the CPU, for x (N, C, H, W) channels-last; returns the same format."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, pool: tuple[int, int], size: int, alpha: float, k: float, relu: bool
-    ) -> Tensor:
-        side, stride = pool
-        shape = (*x.shape[:2], *((length - side) // stride + 1 for length in x.shape[2:]))
-        y, taken = (
-            torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-            for dtype in (x.dtype, torch.uint8)
-        )
-        ctx.sizes, ctx.constants = [len(x), *x.shape[2:], side, stride, x.shape[1]], (alpha, k, _floor(relu))
-        ctx.library = _library(size)
-        ctx.save_for_backward(x, taken)
-        _call(ctx.library, "forward_pooled", [x, y, taken], ctx.sizes, *ctx.constants)
-        return y
+def _call_pooled(
+    direction: str,
+    tensors: list[Tensor],
+    side: int,
+    stride: int,
+    size: int,
+    alpha: float,
+    k: float,
+    relu: bool,
+) -> None:
+    images, channels, height, width = tensors[0].shape
+    sizes = [images, height, width, side, stride, channels]
+    library = _library(size)
+    assert library is not None  # see _pools_natively
+    _call(library, f"{direction}_pooled", tensors, sizes, alpha, k, _floor(relu))
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, taken = ctx.saved_tensors
-        out = torch.empty_like(x)
-        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        _call(ctx.library, "backward_pooled", [x, grad, taken, out], ctx.sizes, *ctx.constants)
-        return out, *[None] * 5
+
+@torch.library.register_fake("alexnet::lrn_pool")
+def _empty_pooled(x: Tensor, side: int, stride: int, *constants: Any) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:2], *((length - side) // stride + 1 for length in x.shape[2:]))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+@torch.library.impl("alexnet::lrn_pool", "CPU")
+def _forward_pooled(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    y, position = _empty_pooled(x, *options)
+    _call_pooled("forward", [x, y, position], *options)
+    return y, position
+
+
+@torch.library.impl("alexnet::lrn_pool_backward", "CPU")
+def _backward_pooled(x: Tensor, grad: Tensor, position: Tensor, *options: Any) -> Tensor:
+    grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x)
+    _call_pooled("backward", [x, grad, position, out], *options)
+    return out
+
+
+torch.library.register_fake("alexnet::lrn_pool_backward", _fake_backward)
+
+
+def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *ctx.options = inputs
+    ctx.save_for_backward(x, output[1])
+
+
+def _differentiate_pooled(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    x, position = ctx.saved_tensors
+    return torch.ops.alexnet.lrn_pool_backward(x, grad, position, *ctx.options), *[None] * len(ctx.options)
+
+
+torch.library.register_autograd("alexnet::lrn_pool", _differentiate_pooled, setup_context=_save_pooled)

@@ -57,7 +57,7 @@ struct Constants {
 class Normaliser {
 public:
     explicit Normaliser(const Constants& constants)
-        : tile(std::max<int64_t>(1, TILE_VALUES / constants.channels)),
+        : tile(std::max<int64_t>(1, TILE_VALUES / std::max<int64_t>(1, constants.channels))),
           constants(constants),
           padded(constants.channels + 2 * HALF),
           squares(tile * padded),
@@ -176,7 +176,7 @@ struct Pool {
     int64_t pooled_width() const { return (width - side) / stride + 1; }
 };
 
-// An integer with the order of the value, NaN above all: bfloat16 is compared in 16 bits, twice as many at a time.
+// An integer that sorts like the value, NaN highest. Those of bfloat16 have 16 bits, so a register holds twice as many.
 inline int32_t ordered(float value) {
     int32_t bits;
     value = value != value ? NAN : value + 0.0f;  // -0 becomes 0
@@ -190,13 +190,13 @@ inline void restore(float* value, int32_t key) {
 }
 inline void restore(uint16_t* half, int16_t key) { *half = key ^ (key >> 15 & 0x7fff); }
 
-// Stores the largest of the pixels of a window in y, and in `taken` its position in the window, side * row + column,
-// the first of equal ones. `rows` are the window's first pixels in its `side` rows.
+// Stores the largest of the pixels of a window in y and its position in the window, side * row + column, the first of
+// equal ones. `rows` are the window's first pixels in its `side` rows.
 template <class Key, class T>
-void largest(const Key* const* rows, const Pool& pool, int64_t channels, T* y, uint8_t* taken) {
-    constexpr int64_t BLOCK = 64 / sizeof(Key);  // channels in a vector register
+void largest(const Key* const* rows, const Pool& pool, int64_t channels, T* y, uint8_t* position) {
+    constexpr int64_t BLOCK = 64 / sizeof(Key);
     for (int64_t first = 0; first < channels; first += BLOCK) {
-        Key best[BLOCK], position[BLOCK];
+        Key best[BLOCK], where[BLOCK];
         int tap = 0;
         for (int64_t row = 0; row < pool.side; ++row) {
             const Key* pixel = rows[row] + first;
@@ -205,22 +205,25 @@ void largest(const Key* const* rows, const Pool& pool, int64_t channels, T* y, u
                 for (int c = 0; c < BLOCK; ++c) {
                     const bool larger = !tap || pixel[c] > best[c];
                     best[c] = larger ? pixel[c] : best[c];
-                    position[c] = larger ? tap : position[c];
+                    where[c] = larger ? tap : where[c];
                 }
         }
         for (int64_t c = 0; c < std::min(BLOCK, channels - first); ++c) {
             restore(y + first + c, best[c]);
-            taken[first + c] = position[c];
+            position[first + c] = where[c];
         }
     }
 }
 
 template <class T>
 void forward_pooled(
-    const T* x, T* y, uint8_t* taken, int64_t images, const Pool& pool, const Constants& constants, int threads) {
+    const T* x, T* y, uint8_t* position, int64_t images, const Pool& pool, const Constants& constants,
+    int threads) {
     using Key = decltype(ordered(T()));
     const int64_t channels = constants.channels, line = pool.width * channels;
     const int64_t height = pool.pooled_height(), width = pool.pooled_width();
+    // few images are split further, so that each thread gets some bands; each normalises its first lines again
+    const int64_t bands = std::clamp<int64_t>(4 * threads / std::max<int64_t>(1, images), 1, height);
 #pragma omp parallel num_threads(threads)
     {
         Normaliser lrn(constants);
@@ -229,9 +232,10 @@ void forward_pooled(
         std::vector<Key> lines(pool.side * line + 64 / sizeof(Key));
         std::vector<const Key*> rows(pool.side);
 #pragma omp for
-        for (int64_t image = 0; image < images; ++image) {
+        for (int64_t task = 0; task < images * bands; ++task) {
+            const int64_t image = task / bands, band = task % bands;
             int64_t h = 0;
-            for (int64_t top = 0; top < height; ++top) {
+            for (int64_t top = height * band / bands; top < height * (band + 1) / bands; ++top) {
                 for (h = std::max(h, top * pool.stride); h < top * pool.stride + pool.side; ++h) {
                     lrn.forward(x + (image * pool.height + h) * line, normalised.data(), pool.width);
                     Key* keys = &lines[h % pool.side * line];
@@ -242,7 +246,7 @@ void forward_pooled(
                         rows[row] =
                             &lines[(top * pool.stride + row) % pool.side * line + left * pool.stride * channels];
                     const int64_t to = ((image * height + top) * width + left) * channels;
-                    largest(rows.data(), pool, channels, y + to, taken + to);
+                    largest(rows.data(), pool, channels, y + to, position + to);
                 }
             }
         }
@@ -251,7 +255,7 @@ void forward_pooled(
 
 template <class T>
 void backward_pooled(
-    const T* x, const T* gy, const uint8_t* taken, T* gx, int64_t images, const Pool& pool,
+    const T* x, const T* gy, const uint8_t* position, T* gx, int64_t images, const Pool& pool,
     const Constants& constants, int threads) {
     const int64_t channels = constants.channels, line = pool.width * channels;
     const int64_t height = pool.pooled_height(), width = pool.pooled_width();
@@ -259,7 +263,7 @@ void backward_pooled(
     {
         Normaliser lrn(constants);
         std::vector<float> gradient(line);  // of a line of the normalised maps
-#pragma omp for
+#pragma omp for collapse(2)
         for (int64_t image = 0; image < images; ++image) {
             for (int64_t h = 0; h < pool.height; ++h) {
                 std::fill(gradient.begin(), gradient.end(), 0.0f);
@@ -273,7 +277,7 @@ void backward_pooled(
                             float* pixel = &gradient[(left * pool.stride + column) * channels];
 #pragma omp simd
                             for (int64_t c = 0; c < channels; ++c)
-                                pixel[c] += taken[from + c] == tap ? load(gy[from + c]) : 0.0f;
+                                pixel[c] += position[from + c] == tap ? load(gy[from + c]) : 0.0f;
                         }
                     }
                 }
@@ -288,27 +292,27 @@ void backward_pooled(
 
 extern "C" {
 
-#define FUNCTIONS(TYPE, T)                                                                                         \
-    void forward_##TYPE(                                                                                           \
-        const T* x, T* y, int64_t rows, int64_t channels, float alpha, float k, float floor, int64_t threads) {    \
-        forward(x, y, rows, {channels, alpha, k, floor}, threads);                                                 \
-    }                                                                                                              \
-    void backward_##TYPE(                                                                                          \
-        const T* x, const T* gy, T* gx, int64_t rows, int64_t channels, float alpha, float k, float floor,         \
-        int64_t threads) {                                                                                         \
-        backward(x, gy, gx, rows, {channels, alpha, k, floor}, threads);                                           \
-    }                                                                                                              \
-    void forward_pooled_##TYPE(                                                                                    \
-        const T* x, T* y, uint8_t* taken, int64_t images, int64_t height, int64_t width, int64_t side,             \
-        int64_t stride, int64_t channels, float alpha, float k, float floor, int64_t threads) {                    \
-        forward_pooled(                                                                                            \
-            x, y, taken, images, {height, width, side, stride}, {channels, alpha, k, floor}, threads);             \
-    }                                                                                                              \
-    void backward_pooled_##TYPE(                                                                                   \
-        const T* x, const T* gy, const uint8_t* taken, T* gx, int64_t images, int64_t height, int64_t width,       \
-        int64_t side, int64_t stride, int64_t channels, float alpha, float k, float floor, int64_t threads) {      \
-        backward_pooled(                                                                                           \
-            x, gy, taken, gx, images, {height, width, side, stride}, {channels, alpha, k, floor}, threads);        \
+#define FUNCTIONS(TYPE, T)                                                                                      \
+    void forward_##TYPE(                                                                                        \
+        const T* x, T* y, int64_t rows, int64_t channels, float alpha, float k, float floor, int64_t threads) { \
+        forward(x, y, rows, {channels, alpha, k, floor}, threads);                                              \
+    }                                                                                                           \
+    void backward_##TYPE(                                                                                       \
+        const T* x, const T* gy, T* gx, int64_t rows, int64_t channels, float alpha, float k, float floor,      \
+        int64_t threads) {                                                                                      \
+        backward(x, gy, gx, rows, {channels, alpha, k, floor}, threads);                                        \
+    }                                                                                                           \
+    void forward_pooled_##TYPE(                                                                                 \
+        const T* x, T* y, uint8_t* position, int64_t images, int64_t height, int64_t width, int64_t side,       \
+        int64_t stride, int64_t channels, float alpha, float k, float floor, int64_t threads) {                 \
+        forward_pooled(                                                                                         \
+            x, y, position, images, {height, width, side, stride}, {channels, alpha, k, floor}, threads);       \
+    }                                                                                                           \
+    void backward_pooled_##TYPE(                                                                                \
+        const T* x, const T* gy, const uint8_t* position, T* gx, int64_t images, int64_t height, int64_t width, \
+        int64_t side, int64_t stride, int64_t channels, float alpha, float k, float floor, int64_t threads) {   \
+        backward_pooled(                                                                                        \
+            x, gy, position, gx, images, {height, width, side, stride}, {channels, alpha, k, floor}, threads);  \
     }
 
 FUNCTIONS(float32, float)

@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from base.errors import DataError
+from model.alexnet import AlexNet
+from model.parallel.ranks import Ranks
+from model.training.step import train_step
 from tools.bench.core import Bench, Row
+from tools.bench.layers import Stopwatch, watch
 from tools.bench.load import load_cases
 from tools.bench.peer_loaders import LOADERS, WRITERS
 from tools.bench.peers import OWN
 from tools.bench.report import TEST_LINES
 from tools.bench.stages import STAGES
+from tools.bench.step import flops, held_batch, started
 from tools.benchmark import main
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +39,19 @@ def test_each_stage_gives_its_rows(class_folders: Path, tmp_path: Path, stages: 
         assert row["ours"] > 0 and row["what"] in done.stdout and (row["limit"] or row["peer"])
         for name in ("limit", "peer"):
             assert row[name] is None or row[f"of_{name}"] == row["ours"] / row[name] > 0
+
+
+def test_the_layers_of_a_step_have_all_of_its_arithmetic() -> None:
+    images, labels = held_batch(2, torch.device("cpu"))
+    state, stopwatch = started(Ranks(gpu=False), 2), Stopwatch(images.device)
+    work = watch(state, stopwatch)
+    stopwatch.begin("rest")
+    train_step(state, images, labels)
+    stopwatch.begin("rest")
+    assert sum(needs.flops for needs in work.values()) == 2 * flops(AlexNet(), images.float())
+    forward, backward = ([part for part in work if part.endswith(end)] for end in ("forward", "backward"))
+    assert list(stopwatch.seconds()) == ["rest", *forward, *reversed(backward), "SGD"]
+    assert len(work) == 2 * 18 + 1  # layers, without those that LRN computes
 
 
 def test_peers_that_are_installed_run_and_the_others_are_named(class_folders: Path, tmp_path: Path) -> None:
@@ -86,7 +105,9 @@ def test_the_report_for_an_issue_is_one_block_and_survives_a_stage_that_fails(
     assert done.exit_code == 1 and f"Error: train failed: {line}\n" in done.stderr
     block = done.stdout.partition("copy from here -----\n")[2].partition("----- to here")[0]
     assert (
-        "| lrn | after conv1" in block and "| train | begun" in block and "3 passed, 1 failed\n```" in block
+        "| lrn | ReLU, LRN, pool after conv1" in block
+        and "| train | begun" in block
+        and "3 passed, 1 failed\n```" in block
     )
     assert block.count("first\n") == TEST_LINES - 1
     written = block.partition("```json\n")[2].partition("```")[0]

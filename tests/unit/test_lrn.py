@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import needs_compiler
+from torch._subclasses import FakeTensorMode
 
 import native
 from base.errors import ModelError
@@ -135,24 +136,47 @@ def test_with_relu_it_is_bit_for_bit_that_of_torchs_relu(
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pool", [(3, 2), (2, 2), (3, 1), (2, 3), (1, 1), (7, 5), (17, 1)])
-@pytest.mark.parametrize(("channels", "relu"), [(1, False), (33, True), (64, False), (96, True)])
+@pytest.mark.parametrize(
+    ("images", "channels", "relu"), [(2, 1, False), (9, 33, True), (1, 64, False), (2, 96, True)]
+)
 def test_with_the_max_pool_it_is_bit_for_bit_torchs(
-    backend: str, dtype: torch.dtype, pool: tuple[int, int], channels: int, relu: bool
+    backend: str, dtype: torch.dtype, pool: tuple[int, int], images: int, channels: int, relu: bool
 ) -> None:
     """With many equal values, of which the first is the maximum. Lines and columns at the end are in no window."""
-    x = activations(2, channels, 18, 19, dtype=dtype, spread=3).round().requires_grad_()
+    x = activations(images, channels, 18, 19, dtype=dtype, spread=3).round().requires_grad_()
     outputs: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
     for together in (True, False):
         options: dict[str, Any] = {"alpha": 1e-2, "backend": backend, "relu": relu}
         y = local_response_norm(x, pool=pool if together else None, **options)
-        y = y if together else F.max_pool2d(y, *pool)
+        if together:
+            assert y.grad_fn is not None
+            assert ("lrn_pool" in y.grad_fn.name()) == (backend == "native" and pool[0] <= 16)
+        else:
+            y = F.max_pool2d(y, *pool)
         outputs.append(y)
         # small integers, whose sums bfloat16 holds exactly
         weight = torch.randint(-4, 5, y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         gradients += torch.autograd.grad(y, x, weight)
     assert torch.equal(*outputs) and torch.equal(*gradients) and gradients[0].any()
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (outputs[0], gradients[0]))
+
+
+@needs_compiler
+def test_with_the_max_pool_gradients_in_bfloat16_are_rounded_once() -> None:
+    x = activations(2, 96, 13, 13, dtype=torch.bfloat16).requires_grad_()
+    y = local_response_norm(x, alpha=1e-3, pool=(3, 2))
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+    (ours,) = torch.autograd.grad(y, x, weight)
+    maps = (
+        local_response_norm(x, alpha=1e-3).detach().float().requires_grad_()
+    )  # its maxima, summed in float32
+    (grad,) = torch.autograd.grad(F.max_pool2d(maps, 3, 2), maps, weight.float())
+    wide = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(
+        local_response_norm(wide, alpha=1e-3, backend="eager"), wide, grad.double()
+    )
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=2e-6)
 
 
 @needs_compiler
@@ -199,8 +223,9 @@ def test_native_gradient(channels: int, dtype: torch.dtype, tolerance: float) ->
 
 
 @backends
-def test_torch_compile_takes_it_whole(backend: str) -> None:
-    layer = LRN(backend=backend)
+@pytest.mark.parametrize("pool", [None, (3, 2)])
+def test_torch_compile_takes_it_whole(backend: str, pool: tuple[int, int] | None) -> None:
+    layer = LRN(backend=backend, pool=pool)
     x = activations(2, 16, 5, 5).requires_grad_()
 
     def loss(x: torch.Tensor) -> torch.Tensor:
@@ -209,6 +234,19 @@ def test_torch_compile_takes_it_whole(backend: str) -> None:
     (expected,) = torch.autograd.grad(loss(x), x)
     (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
     torch.testing.assert_close(compiled, expected)
+
+
+@pytest.mark.parametrize("pool", [None, (3, 2)])
+def test_tensors_without_memory_get_the_shapes_of_real_ones(pool: tuple[int, int] | None) -> None:
+    def shapes(x: torch.Tensor) -> list[Any]:
+        y = LRN(relu=True, pool=pool)(x.requires_grad_())
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        return [(t.shape, t.stride(), t.dtype) for t in (y, grad)]
+
+    x = activations(2, 16, 7, 9)
+    with FakeTensorMode() as mode:
+        fake = shapes(mode.from_tensor(x))
+    assert fake == shapes(x)
 
 
 @pytest.mark.gpu
@@ -236,6 +274,9 @@ def test_on_the_gpu(backend: str, dtype: torch.dtype, tolerance: float) -> None:
         ({"k": 0.0}, "above 0"),
         ({"backend": "fast"}, "no LRN backend 'fast'"),
         ({"backend": "native", "beta": 0.5}, "beta 0.5"),
+        ({"pool": (3, 2)}, "cannot pool"),  # larger than the maps
+        ({"pool": (0, 1)}, "cannot pool"),
+        ({"pool": (2, 0)}, "cannot pool"),
         ({"backend": "triton"}, "triton backend needs Triton, .* CUDA tensor"),
     ],
 )
@@ -243,6 +284,11 @@ def test_unusable_options_are_refused_in_one_line(options: dict[str, Any], compl
     with pytest.raises(ModelError, match=complaint) as error:
         local_response_norm(torch.ones(1, 5, 2, 2), **options)
     assert "\n" not in error.value.message
+
+
+def test_only_maps_can_be_pooled() -> None:
+    with pytest.raises(ModelError, match="cannot pool"):
+        local_response_norm(torch.ones(8, 9, 9), pool=(3, 2))
 
 
 @pytest.mark.parametrize("x", [torch.ones(5), torch.ones(1, 5, dtype=torch.int64)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from tools.bench.core import Bench, Row
 from tools.bench.step import gemm_rate, held_batch, started
 
 ADDED = 2**28  # bytes, more than caches hold
-STEPS = 5  # per round
+STEPS = 10  # per round
 
 
 class Stopwatch:
@@ -43,7 +44,7 @@ class Stopwatch:
         if self.gpu:
             torch.cuda.synchronize()
         taken: dict[str, float] = {}
-        for (part, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+        for (part, start), (_, end) in itertools.pairwise(self._marks):
             lasted = start.elapsed_time(end) / 1000 if self.gpu else end - start
             taken[part] = taken.get(part, 0.0) + lasted
         self._marks.clear()
@@ -51,7 +52,7 @@ class Stopwatch:
 
 
 class Needs(NamedTuple):
-    """What a part of a step cannot do without: arithmetic, and each of its tensors read or written once."""
+    """The least work of a part of a step: its arithmetic, and each of its tensors read or written once."""
 
     flops: float
     bytes: int
@@ -122,7 +123,7 @@ def bench_layers(bench: Bench) -> Iterator[Row]:
 
     The limit is the arithmetic at the rate of a large matrix product, or each tensor read or written once at the
     rate of a large sum, whichever takes longer. A layer's time includes autocast's copies of its weights and
-    gradients.
+    gradients, and what lies between it and the next layer.
     """
     images, labels = held_batch(bench.batch, bench.device)
     state, stopwatch = started(Ranks(gpu=bench.device.type == "cuda"), bench.batch), Stopwatch(bench.device)
@@ -132,13 +133,15 @@ def bench_layers(bench: Bench) -> Iterator[Row]:
     rates: list[tuple[float, float]] = []
     for _ in range(bench.rounds):
         rates.append((gemm_rate(bench, state.amp or torch.float32), memory_rate(bench)))
-        stopwatch.seconds()
-        for _ in range(STEPS):
+        for step in range(1 + STEPS):
+            if step == 1:
+                stopwatch.seconds()  # the first step is a warm-up
             stopwatch.begin("rest")
             train_step(state, images, labels)
-            stopwatch.begin("rest")
-            steps.append(stopwatch.seconds())
-    products, memory = (statistics.median(values) for values in zip(*rates, strict=True))
+        stopwatch.begin("rest")
+        # without waiting for the device after each step, as in training
+        steps.append({part: seconds / STEPS for part, seconds in stopwatch.seconds().items()})
+    products, memory = (max(values) for values in zip(*rates, strict=True))
     limits = {part: needs.limit(products, memory) for part, needs in work.items()}
     limits["whole step"] = sum(seconds for seconds, _ in limits.values()), "sum of these"
     for part, (limit, limit_is) in limits.items():

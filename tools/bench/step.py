@@ -30,12 +30,12 @@ from tools.bench.reference import import_torchvision
 
 
 def bench_lrn(bench: Bench) -> Iterator[Row]:
-    """Forward and backward of both layers, against reading or writing each tensor once."""
+    """Forward and backward of ReLU, LRN and max pool, as in the network, against using each tensor once."""
     dtype = bench.amp or torch.float32
     for name, shape in (("conv1", (96, 55, 55)), ("conv2", (256, 27, 27))):
         x = torch.randn(bench.batch, *shape, device=bench.device, dtype=dtype)
-        x = x.to(memory_format=torch.channels_last).relu_().requires_grad_()
-        grad = torch.randn_like(x)
+        x = x.to(memory_format=torch.channels_last).requires_grad_()
+        grad = torch.randn_like(F.max_pool2d(x.detach(), 3, 2))
 
         def run(forward: Callable[[torch.Tensor], torch.Tensor], x: Any = x, grad: Any = grad) -> float:
             def both() -> None:
@@ -44,26 +44,31 @@ def bench_lrn(bench: Bench) -> Iterator[Row]:
 
             return bench.batch / bench.seconds(both)
 
-        # forward reads x and writes y; backward reads x and the gradient and writes the gradient of x
+        # forward reads x and writes y; backward reads x and the gradient of y and writes the gradient of x
         source, target = (torch.empty_like(x, requires_grad=False) for _ in range(2))
+        y = torch.empty_like(grad)
 
-        def touch(source: Any = source, target: Any = target, x: Any = x) -> float:
+        def touch(
+            source: Any = source, target: Any = target, x: Any = x, y: Any = y, grad: Any = grad
+        ) -> float:
             def both() -> None:
                 with torch.no_grad():
-                    target.copy_(source)
+                    y.copy_(grad)
                     torch.add(source, x, out=target)
 
             return bench.batch / bench.seconds(both)
 
+        def torchs(x: torch.Tensor) -> torch.Tensor:
+            # LRN in float32, as under autocast: on the CPU it does not support bfloat16
+            y = F.local_response_norm(F.relu(x).float(), 5, 5e-4, 0.75, 2.0).to(x.dtype)
+            return F.max_pool2d(y, 3, 2)
+
         ours, limit, peer = bench.rates(
-            partial(run, LRN()),
-            touch,
-            # in float32, as under autocast: on the CPU it does not support bfloat16
-            partial(run, lambda t: F.local_response_norm(t.float(), 5, 5e-4, 0.75, 2.0).to(t.dtype)),
+            partial(run, LRN(relu=True, pool=(3, 2))), touch, partial(run, torchs)
         )
         yield Row(
-            "lrn", f"after {name}, forward + backward", "images/s",
-            ours, limit, "each tensor read or written once", peer, "torch's local_response_norm",
+            "lrn", f"ReLU, LRN, pool after {name}, forward + backward", "images/s",
+            ours, limit, "each tensor read or written once", peer, "torch's relu, local_response_norm, max_pool2d",
         )  # fmt: skip
 
 
