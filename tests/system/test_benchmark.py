@@ -1,5 +1,7 @@
 """The stages of the benchmark run; tests check no rates."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
@@ -52,6 +54,27 @@ def test_the_layers_of_a_step_have_all_of_its_arithmetic() -> None:
     forward, backward = ([part for part in work if part.endswith(end)] for end in ("forward", "backward"))
     assert list(stopwatch.seconds()) == ["rest", *forward, *reversed(backward), "SGD"]
     assert len(work) == 2 * 18 + 1  # layers, without those that LRN computes
+
+
+def test_on_a_gpu_parts_are_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 1.5, 3.5, 4.5])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.now = next(clock)
+
+        def elapsed_time(self, end: Event) -> float:  # in milliseconds
+            return 1000 * (end.now - self.now)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    stopwatch = Stopwatch(torch.device("cuda"))
+    for part in ("conv1", "rest", "conv1", "rest"):
+        stopwatch.begin(part)
+    assert stopwatch.seconds() == {"conv1": 0.5 + 1.0, "rest": 2.0} and not stopwatch.seconds()
 
 
 def test_peers_that_are_installed_run_and_the_others_are_named(class_folders: Path, tmp_path: Path) -> None:
