@@ -302,7 +302,7 @@ def _check_open_files(error: OSError | lmdb.Error, path: Path) -> None:
 
 def _no_data_set(split_dir: Path) -> str:
     """The error message if there is no manifest."""
-    out, split = split_dir.parent, split_dir.name
+    out, split = split_dir.parent, split_dir.name if split_dir.name in ("train", "val") else "train|val"
     build, place = "python tools/build_lmdb.py", quote(str(split_dir.parent))
     this = f"`{build} {place} OUT`, then give OUT"
     if (out / MANIFEST).exists():

@@ -494,6 +494,8 @@ def test_the_error_for_a_folder_without_a_data_set_has_the_remedy(copy: Path, tm
         DataError, match=rf": build it with `\S+ \S+ SOURCE {re.escape(str(tmp_path))}/none`$"
     ):
         ShardReader(tmp_path / "none" / "train")
+    with pytest.raises(DataError, match=r" --split train\|val`$"):
+        ShardReader(copy / "training")
     with pytest.raises(DataError, match=r"--split val`; without .*`.* --val-fraction 0\.2 --overwrite`$"):
         ShardReader(copy / "val")
 
