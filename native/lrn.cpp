@@ -190,25 +190,27 @@ inline void restore(float* value, int32_t key) {
 }
 inline void restore(uint16_t* half, int16_t key) { *half = key ^ (key >> 15 & 0x7fff); }
 
+template <class Key>
+constexpr int64_t BLOCK = 64 / sizeof(Key);  // channels that are compared together
+
 // Stores the largest of the pixels of a window in y and its position in the window, side * row + column, the first of
 // equal ones. `rows` are the window's first pixels in its `side` rows.
 template <class Key, class T>
 void largest(const Key* const* rows, const Pool& pool, int64_t channels, T* y, uint8_t* position) {
-    constexpr int64_t BLOCK = 64 / sizeof(Key);
-    for (int64_t first = 0; first < channels; first += BLOCK) {
-        Key best[BLOCK], where[BLOCK];
+    for (int64_t first = 0; first < channels; first += BLOCK<Key>) {
+        Key best[BLOCK<Key>], where[BLOCK<Key>];
         int tap = 0;
         for (int64_t row = 0; row < pool.side; ++row) {
             const Key* pixel = rows[row] + first;
             for (int64_t column = 0; column < pool.side; ++column, ++tap, pixel += channels)
 #pragma omp simd
-                for (int c = 0; c < BLOCK; ++c) {
+                for (int c = 0; c < BLOCK<Key>; ++c) {
                     const bool larger = !tap || pixel[c] > best[c];
                     best[c] = larger ? pixel[c] : best[c];
                     where[c] = larger ? tap : where[c];
                 }
         }
-        for (int64_t c = 0; c < std::min(BLOCK, channels - first); ++c) {
+        for (int64_t c = 0; c < std::min(BLOCK<Key>, channels - first); ++c) {
             restore(y + first + c, best[c]);
             position[first + c] = where[c];
         }
@@ -228,8 +230,8 @@ void forward_pooled(
     {
         Normaliser lrn(constants);
         std::vector<T> normalised(line);
-        // line h is at h % side; `largest` reads up to 64 bytes beyond the last one
-        std::vector<Key> lines(pool.side * line + 64 / sizeof(Key));
+        // line h is at h % side; `largest` reads up to a block beyond the last one
+        std::vector<Key> lines(pool.side * line + BLOCK<Key>);
         std::vector<const Key*> rows(pool.side);
 #pragma omp for
         for (int64_t task = 0; task < images * bands; ++task) {

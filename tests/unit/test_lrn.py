@@ -168,9 +168,8 @@ def test_with_the_max_pool_gradients_in_bfloat16_are_rounded_once() -> None:
     y = local_response_norm(x, alpha=1e-3, pool=(3, 2))
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
     (ours,) = torch.autograd.grad(y, x, weight)
-    maps = (
-        local_response_norm(x, alpha=1e-3).detach().float().requires_grad_()
-    )  # its maxima, summed in float32
+    # the gradient of the same maxima, summed in float32
+    maps = local_response_norm(x, alpha=1e-3).detach().float().requires_grad_()
     (grad,) = torch.autograd.grad(F.max_pool2d(maps, 3, 2), maps, weight.float())
     wide = x.detach().double().requires_grad_()
     (exact,) = torch.autograd.grad(

@@ -15,7 +15,7 @@ from model.parallel.ranks import Ranks
 from model.training.state import TrainState
 from model.training.step import train_step
 from tools.bench.core import Bench, Row
-from tools.bench.step import gemm_rate, held_batch, started
+from tools.bench.step import forward_flops, gemm_rate, held_batch, started
 
 ADDED = 2**28  # bytes, more than caches hold
 STEPS = 10  # per round
@@ -54,7 +54,7 @@ class Stopwatch:
 class Needs(NamedTuple):
     """The least work of a part of a step: its arithmetic, and each of its tensors read or written once."""
 
-    flops: float
+    flops: int
     bytes: int
 
     def limit(self, flops_per_second: float, bytes_per_second: float) -> tuple[float, str]:
@@ -64,7 +64,7 @@ class Needs(NamedTuple):
 
 def needs(layer: nn.Module, x: Tensor, y: Tensor, first: bool) -> tuple[Needs, Needs]:
     """What a layer's forward and backward pass from x to y need; the first layer needs no gradient of x."""
-    flops = 2.0 * y.numel() * layer.weight[0].numel() if isinstance(layer, nn.Conv2d | nn.Linear) else 0.0
+    flops = forward_flops(layer, y)
     weights = sum(parameter.nbytes for parameter in layer.parameters())
     gradients = 1 if first else 2  # of the weights, and of x
     return (
@@ -104,7 +104,7 @@ def watch(state: TrainState, stopwatch: Stopwatch) -> dict[str, Needs]:
 
     def updates(*_: Any) -> None:
         # reads weights, gradients and momentum, and writes weights and momentum
-        work["SGD"] = Needs(0.0, 5 * sum(parameter.nbytes for parameter in state.network.parameters()))
+        work["SGD"] = Needs(0, 5 * sum(parameter.nbytes for parameter in state.network.parameters()))
         stopwatch.begin("SGD")
 
     state.optimizer.register_step_pre_hook(updates)
@@ -128,24 +128,23 @@ def bench_layers(bench: Bench) -> Iterator[Row]:
     images, labels = held_batch(bench.batch, bench.device)
     state, stopwatch = started(Ranks(gpu=bench.device.type == "cuda"), bench.batch), Stopwatch(bench.device)
     work = watch(state, stopwatch)
-    train_step(state, images, labels)
     steps: list[dict[str, float]] = []
     rates: list[tuple[float, float]] = []
     for _ in range(bench.rounds):
         rates.append((gemm_rate(bench, state.amp or torch.float32), memory_rate(bench)))
-        for step in range(1 + STEPS):
-            if step == 1:
-                stopwatch.seconds()  # the first step is a warm-up
+        train_step(state, images, labels)  # a warm-up
+        stopwatch.seconds()
+        for _ in range(STEPS):  # without waiting for the device after each, as in training
             stopwatch.begin("rest")
             train_step(state, images, labels)
         stopwatch.begin("rest")
-        # without waiting for the device after each step, as in training
-        steps.append({part: seconds / STEPS for part, seconds in stopwatch.seconds().items()})
+        taken = {part: seconds / STEPS for part, seconds in stopwatch.seconds().items()}
+        steps.append(taken | {"whole step": sum(taken.values())})
     products, memory = (max(values) for values in zip(*rates, strict=True))
-    limits = {part: needs.limit(products, memory) for part, needs in work.items()}
+    limits = {part: least.limit(products, memory) for part, least in work.items()}
     limits["whole step"] = sum(seconds for seconds, _ in limits.values()), "sum of these"
     for part, (limit, limit_is) in limits.items():
-        took = statistics.median(sum(step.values()) if part == "whole step" else step[part] for step in steps)
+        took = statistics.median(step[part] for step in steps)
         yield Row(
             "layers",
             f"{part}: {took * 1e3:,.1f} ms",

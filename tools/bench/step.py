@@ -116,6 +116,13 @@ def held_batch(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return images.to(memory_format=torch.channels_last), labels
 
 
+def forward_flops(layer: torch.nn.Module, out: torch.Tensor) -> int:
+    """Multiplications and additions that a layer needs for its output `out`; 0 if it has no matrix product."""
+    if not isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+        return 0
+    return 2 * out.numel() * layer.weight[0].numel()
+
+
 def flops(network: torch.nn.Module, images: torch.Tensor) -> float:
     """Multiplications and additions per image of convolutions and matrix products, forward and backward.
 
@@ -125,7 +132,7 @@ def flops(network: torch.nn.Module, images: torch.Tensor) -> float:
     counts: list[int] = []
 
     def count(layer: Any, _inputs: Any, out: torch.Tensor) -> None:
-        counts.append(2 * out[0].numel() * layer.weight[0].numel())
+        counts.append(forward_flops(layer, out))
 
     layers = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
